@@ -1,0 +1,58 @@
+# Each target makes what it needs: the virtual environment in .venv, all packages, the C++ extension.
+#   make demo | test | bench | lint | build | gpu-check | clean
+# TORCH=2.13.0        the torch to install
+# PYTHON=python3      the interpreter that makes .venv; gpu-check uses it as it is
+# PYTEST_ARGS, BENCH_ARGS   further arguments
+
+TORCH ?= 2.13.0
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed-torch-$(TORCH)
+BUILT := $(VENV)/.built-torch-$(TORCH)
+SOURCES := setup.py $(shell find csrc -type f)
+RESULTS ?= bench-results
+export SHIRA_BUILD ?= auto
+
+.PHONY: demo test bench lint build gpu-check clean
+.DELETE_ON_ERROR:
+
+demo: $(BUILT)
+	$(VENV)/bin/shira demo $(DEMO_ARGS)
+
+test: $(BUILT)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: $(BUILT)
+	mkdir -p $(RESULTS)
+	$(PY) -m pytest bench --benchmark-json=$(RESULTS)/bench.json $(BENCH_ARGS)
+	$(PY) bench/report.py $(RESULTS)/bench.json -o $(RESULTS)
+
+lint: $(BUILT)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(PY) tools/check_repository.py
+
+build: $(BUILT)
+
+# torch first and pinned, so that no other package chooses it.
+$(STAMP): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==$(TORCH) "setuptools>=77" ninja
+	echo "torch==$(TORCH)" > $(VENV)/constraints.txt
+	SHIRA_BUILD=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--constraint $(VENV)/constraints.txt --editable ".[dev]"
+	rm -f $(VENV)/.built-* && touch $@
+
+$(BUILT): $(STAMP) $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+# On a machine with a GPU, with the python and packages that are there: no installation, no network.
+gpu-check:
+	PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" bash tools/gpu_check.sh
+
+clean:
+	rm -rf build dist $(RESULTS) shira_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache $(VENV)

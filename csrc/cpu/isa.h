@@ -1,0 +1,20 @@
+// Compiles every kernel header for the instruction set that the including file chose, and makes its table.
+// The including file has included the standard headers before it changed the target, so that no function of the
+// standard library is compiled for it.
+#include "scatter_apply_kernel.h"
+
+namespace shira {
+
+#define SHIRA_CONCATENATE(a, b) a##b
+#define SHIRA_TABLE(isa) SHIRA_CONCATENATE(isa, _kernels)
+#define SHIRA_STRING(isa) #isa
+#define SHIRA_NAME(isa) SHIRA_STRING(isa)
+
+extern const CpuKernels SHIRA_TABLE(SHIRA_ISA);
+const CpuKernels SHIRA_TABLE(SHIRA_ISA) = {
+    SHIRA_NAME(SHIRA_ISA),
+    SHIRA_ISA::choose_scatter_apply,
+    SHIRA_ISA::strictly_rising,
+};
+
+}  // namespace shira

@@ -1,0 +1,18 @@
+// Kernels for x86-64 processors with AVX512; other functions here are compiled for every processor.
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#define SHIRA_ISA avx512
+#include "isa.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,7 @@
+// Kernels for every processor.
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define SHIRA_ISA base
+#include "isa.h"

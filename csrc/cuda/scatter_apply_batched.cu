@@ -1,0 +1,15 @@
+// scatter_apply_batched on NVIDIA GPUs: the launches are those of scatter_apply.
+#include "scatter_apply.h"
+
+namespace shira {
+
+static void scatter_apply_batched(const std::vector<Tensor>& weights, const Tensor& offsets, const Tensor& indices,
+                                  const Tensor& values, double alpha, bool additive,
+                                  const std::optional<Tensor>& saved) {
+  scatter_apply_cuda(
+      check_scatter_batched("scatter_apply_batched", weights, offsets, indices, values, alpha, additive, saved));
+}
+
+}  // namespace shira
+
+STABLE_TORCH_LIBRARY_IMPL(shira, CUDA, m) { m.impl("scatter_apply_batched", TORCH_BOX(&shira::scatter_apply_batched)); }

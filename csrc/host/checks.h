@@ -1,0 +1,51 @@
+// Checks and autograd bookkeeping shared by the ops. A failed check throws std::runtime_error (RuntimeError in Python)
+// naming the op and the argument, in the words of shira_kernels/ops/_checks.py.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../shared/scatter_form.h"
+
+namespace shira {
+
+using torch::stable::Tensor;
+
+struct Argument {
+  std::string name;
+  const Tensor& tensor;
+};
+
+[[noreturn]] void fail(const char* op, const std::string& argument, const std::string& message);
+
+int32_t dtype_of(const Tensor& tensor);
+Element element_of(int32_t dtype);
+std::string dtype_name(int32_t dtype);
+
+bool same_device(const Tensor& a, const Tensor& b);
+
+// int32 or int64, 1-D, contiguous. Returns whether it is int64.
+bool check_indices(const char* op, const Tensor& indices);
+
+// 1-D, contiguous, on the device of `indices`, one entry per index.
+void check_vector(const char* op, const char* argument, const Tensor& tensor, const Tensor& indices);
+
+// int64, 1-D, contiguous, `weights` + 1 entries. On the CPU they must rise from 0 to nnz and are returned; on the
+// device of `like` (if there is one) they stay unread and null is returned.
+const int64_t* check_offsets(const char* op, const Tensor& offsets, int64_t weights, int64_t nnz, const Tensor* like);
+void check_borders(const char* op, const int64_t* borders, int64_t weights, int64_t nnz);
+
+// No tensor of `written` shares memory with any other of either list. All are contiguous.
+void check_overlap(const char* op, const std::vector<Argument>& written, const std::vector<Argument>& read);
+
+// Outside no_grad, no tensor requires grad.
+void refuse_grad(const char* op, const std::vector<Argument>& tensors);
+
+// Tells autograd that the tensor's data is about to change: its version counter rises.
+void bump_version(const Tensor& tensor);
+
+}  // namespace shira

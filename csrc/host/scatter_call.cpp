@@ -1,0 +1,68 @@
+#include "scatter_call.h"
+
+namespace shira {
+
+ScatterCall check_scatter(const char* op, std::vector<ScatterPart> parts, const Tensor* offsets, const Tensor& indices,
+                          const Tensor& values, double alpha, bool additive, const std::optional<Tensor>& saved) {
+  const bool wide = check_indices(op, indices);
+  check_vector(op, "values", values, indices);
+  if (saved) check_vector(op, "saved", *saved, indices);
+  ScatterForm form{};
+  form.mode = additive ? Mode::Add : alpha == 1.0 ? Mode::Replace : Mode::Interpolate;
+  form.wide_index = wide;
+  form.keep = saved.has_value();
+  std::vector<Argument> written, read = {{"indices", indices}, {"values", values}};
+  if (offsets != nullptr) read.push_back({"offsets", *offsets});
+  written.reserve(parts.size() + 1);
+  if (!parts.empty()) {
+    const Tensor& first = parts[0].weight;
+    const int32_t dtype = dtype_of(first), value_dtype = dtype_of(values);
+    form.weight = element_of(dtype);
+    form.value = element_of(value_dtype);
+    if (first.element_size() > 8)
+      fail(op, parts[0].name, "must have elements of 1, 2, 4 or 8 bytes, got " + dtype_name(dtype));
+    form.element_size = static_cast<uint8_t>(first.element_size());
+    if (form.mode != Mode::Replace && form.weight == Element::Other)
+      fail(op, parts[0].name,
+           "must be floating point unless entries are replaced at alpha 1, got " + dtype_name(dtype));
+    for (const ScatterPart& part : parts) {
+      if (dtype_of(part.weight) != dtype)
+        fail(op, part.name,
+             "must be " + dtype_name(dtype) + " like weights[0], got " + dtype_name(dtype_of(part.weight)));
+      if (!same_device(part.weight, indices)) fail(op, part.name, "must be on the device of indices");
+      if (!part.weight.is_contiguous()) fail(op, part.name, "must be contiguous");
+      written.push_back({part.name, part.weight});
+    }
+    if (value_dtype != dtype && !(additive && form.value == Element::Float32))
+      fail(op, "values",
+           "must be " + dtype_name(dtype) + (additive ? " or float32" : " like the weight") + ", got " +
+               dtype_name(value_dtype));
+    if (saved && dtype_of(*saved) != dtype)
+      fail(op, "saved", "must be " + dtype_name(dtype) + " like the weight, got " + dtype_name(dtype_of(*saved)));
+  }
+  if (saved) written.push_back({"saved", *saved});
+  refuse_grad(op, written);
+  refuse_grad(op, {{"values", values}});
+  check_overlap(op, written, read);
+  return {op, std::move(parts), offsets, indices, values, alpha, saved, form};
+}
+
+ScatterCall check_scatter_batched(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
+                                  const Tensor& indices, const Tensor& values, double alpha, bool additive,
+                                  const std::optional<Tensor>& saved) {
+  const auto count = static_cast<int64_t>(weights.size());
+  const int64_t* borders = check_offsets(op, offsets, count, indices.numel(), count ? &weights[0] : nullptr);
+  std::vector<ScatterPart> parts;
+  parts.reserve(weights.size());
+  for (int64_t i = 0; i < count; ++i)
+    parts.push_back(
+        {weights[i], "weights[" + std::to_string(i) + "]", borders ? borders[i] : 0, borders ? borders[i + 1] : 0});
+  return check_scatter(op, std::move(parts), &offsets, indices, values, alpha, additive, saved);
+}
+
+void bump_versions(const ScatterCall& call) {
+  for (const ScatterPart& part : call.parts) bump_version(part.weight);
+  if (call.saved) bump_version(*call.saved);
+}
+
+}  // namespace shira

@@ -1,0 +1,41 @@
+// The arguments of scatter_apply and scatter_apply_batched, checked: what a kernel of any device starts from.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+
+namespace shira {
+
+// One weight and its part [begin, end) of the sorted lists; both are 0 where the offsets are on a device, unread.
+struct ScatterPart {
+  const Tensor& weight;
+  std::string name;
+  int64_t begin, end;
+};
+
+struct ScatterCall {
+  const char* op;
+  std::vector<ScatterPart> parts;
+  const Tensor* offsets;  // null for scatter_apply
+  const Tensor& indices;
+  const Tensor& values;
+  double alpha;
+  const std::optional<Tensor>& saved;
+  ScatterForm form;
+};
+
+// Checks everything that needs no index value. The result refers to the arguments.
+ScatterCall check_scatter(const char* op, std::vector<ScatterPart> parts, const Tensor* offsets, const Tensor& indices,
+                          const Tensor& values, double alpha, bool additive, const std::optional<Tensor>& saved);
+
+ScatterCall check_scatter_batched(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
+                                  const Tensor& indices, const Tensor& values, double alpha, bool additive,
+                                  const std::optional<Tensor>& saved);
+
+// Tells autograd what is about to be written.
+void bump_versions(const ScatterCall& call);
+
+}  // namespace shira

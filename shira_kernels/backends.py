@@ -1,0 +1,236 @@
+"""Which kernel an op runs, on which device, and why others do not.
+
+    reference   plain PyTorch, everywhere
+    cpu         C++, code for base, avx2 and avx512 in one build, the best picked at run time
+    triton      Triton on NVIDIA and AMD GPUs; on CPU tensors under TRITON_INTERPRET=1
+    cuda        CUDA C++ on NVIDIA GPUs
+
+`SHIRA_CPU_ISA` (auto, base, avx2, avx512) and `SHIRA_GPU_BACKEND` (auto, triton, cuda) force one for the process; a
+forced one that cannot run is an error at import. `SHIRA_CHECK_INDICES=1` makes GPU kernels refuse wrong indices, which
+costs a wait for the GPU at each call. docs/environment.md lists all variables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.overrides import TorchFunctionMode
+
+from shira_kernels.ops import OPS
+from shira_kernels.ops._library import NAMESPACE, library, python_calls
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+CPU_ISAS = ("base", "avx2", "avx512")
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    """The C++ module, or why there is none."""
+    try:
+        return importlib.import_module("shira_kernels._C"), ""
+    except ModuleNotFoundError:
+        return None, "not built (SHIRA_BUILD=0, or no C++ compiler when it was installed)"
+    except ImportError as error:
+        return None, f"failed to load: {error}"
+
+
+extension, extension_reason = _load_extension()
+_check_gpu_indices = False
+
+
+def _environment(name: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, allowed[0])
+    if value not in allowed:
+        raise RuntimeError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def reason_unavailable(op: str, backend: str) -> str:
+    """Why `backend` cannot run `op` in this process; empty if it can."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if backend == "reference":
+        return ""
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if importlib.util.find_spec(f"shira_kernels.triton.{op}") is None:
+            return "has no kernel for this op"
+        return "" if torch.cuda.is_available() or _triton_interprets() else "no GPU"
+    if extension is None:
+        return f"C++ extension {extension_reason}"
+    if backend == "cpu":
+        return "" if _has_cpp_kernel(op, "CPU") else "has no kernel for this op"
+    if "cuda architectures" not in extension.build_facts():
+        return "C++ extension built without CUDA"
+    if op not in extension.cuda_ops():
+        return "has no kernel for this op"
+    return "" if torch.cuda.is_available() else "no GPU"
+
+
+def _has_cpp_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def active(op: str, device: torch.device | str) -> str:
+    """The kernel that `torch.ops.shira.<op>` runs on a device: "cpu/avx512", "cuda", "triton" or "reference"."""
+    kind = torch.device(device).type
+    if kind == "cpu" and not reason_unavailable(op, "cpu"):
+        return f"cpu/{extension.isa()}"  # type: ignore[union-attr]
+    if kind == "cuda":
+        return _gpu_choice[op]
+    return "reference"
+
+
+def calls() -> Counter[str]:
+    """How many op calls each kernel has run in this process, by the names that `active` gives."""
+    counted = Counter(python_calls)
+    if extension is not None:
+        counted.update({f"cpu/{isa}": number for isa, number in extension.calls_by_isa().items() if number})
+        counted.update({"cuda": extension.cuda_calls()} if extension.cuda_calls() else {})
+    return counted
+
+
+def kernel(op: str, backend: str) -> Callable[..., Any]:
+    """A callable with the op's arguments that runs it on one backend, with all its checks.
+
+    Raises RuntimeError if the backend cannot run the op here.
+    """
+    if reason := reason_unavailable(op, backend):
+        raise RuntimeError(f"backend {backend} cannot run shira::{op}: {reason}")
+    if backend == "reference":
+        return OPS[op].default
+    if backend == "triton":
+        return _triton_entry(op)
+    if backend == "cuda" and _gpu_choice[op] != "cuda":
+        raise RuntimeError(f"backend cuda cannot run shira::{op}: SHIRA_GPU_BACKEND={_gpu_choice[op]} is set")
+    return getattr(getattr(torch.ops, NAMESPACE), op).default
+
+
+def _triton_entry(op: str) -> Callable[..., Any]:
+    """The Triton kernel behind the op's checks. Triton is imported at the first call."""
+    definition = OPS[op]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        launch = getattr(importlib.import_module(f"shira_kernels.triton.{op}"), op)
+        # Under the interpreter the data is on the CPU, where reading it does not wait for a GPU.
+        written = definition.check(*args, **kwargs, contents=_check_gpu_indices or _triton_interprets())
+        torch.autograd.graph.increment_version(written)
+        python_calls["triton"] += 1
+        return launch(*args, **kwargs)
+
+    return run
+
+
+class use(TorchFunctionMode):
+    """`with use("reference"):` runs every op of this package on one backend, in this thread. For tests and debugging.
+
+    Args:
+        backend: reference, cpu, triton or cuda.
+        isa: with cpu, also the instruction set, for the whole process.
+
+    Raises:
+        RuntimeError: if the backend, or the instruction set, cannot run here.
+    """
+
+    def __init__(self, backend: str, isa: str | None = None) -> None:
+        super().__init__()
+        self.kernels = {op: kernel(op, backend) for op in OPS if not reason_unavailable(op, backend)}
+        if not self.kernels:
+            raise RuntimeError(f"backend {backend} cannot run here: {reason_unavailable(next(iter(OPS)), backend)}")
+        self.backend, self.isa = backend, isa
+        if isa is not None and (backend != "cpu" or isa not in extension.runnable_isas()):  # type: ignore[union-attr]
+            raise RuntimeError(f"isa must be one that this processor and backend cpu run, got {isa!r} with {backend}")
+
+    def __enter__(self) -> use:
+        self.previous_isa = extension.isa() if self.isa and extension else None
+        if self.isa and extension:
+            extension.set_isa(self.isa)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self.previous_isa and extension:
+            extension.set_isa(self.previous_isa)
+
+    # A function mode, not a dispatch mode: the kernel runs where the op would, above autograd's bookkeeping.
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket if isinstance(func, OpOverload) else func
+        if not isinstance(packet, OpOverloadPacket) or not str(packet).startswith(f"{NAMESPACE}."):
+            return func(*args, **(kwargs or {}))
+        op = str(packet).partition(".")[2]
+        if op not in self.kernels:
+            raise RuntimeError(f"backend {self.backend} cannot run shira::{op}: {reason_unavailable(op, self.backend)}")
+        return self.kernels[op](*args, **(kwargs or {}))
+
+
+def set_check_indices(enabled: bool) -> None:
+    """Checked mode of GPU kernels, for the process: wrong indices are refused before anything is written."""
+    global _check_gpu_indices
+    _check_gpu_indices = enabled
+    if extension is not None:
+        extension.set_check_indices(enabled)
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Checked mode of GPU kernels within a `with` block."""
+    before = _check_gpu_indices
+    set_check_indices(True)
+    try:
+        yield
+    finally:
+        set_check_indices(before)
+
+
+def _choose_gpu_backend() -> dict[str, str]:
+    """op -> the backend of the CUDA dispatch key (AMD GPUs have it too); registers Triton where it is chosen."""
+    wanted = _environment("SHIRA_GPU_BACKEND", ("auto", "triton", "cuda"))
+    choice = {}
+    for op in OPS:
+        order = ("cuda", "triton") if wanted == "auto" else (wanted,)
+        # Not reason_unavailable: a GPU may come later than the import, and asking for one would touch it.
+        possible = {
+            "cuda": extension is not None and op in extension.cuda_ops(),
+            "triton": importlib.util.find_spec("triton") is not None
+            and importlib.util.find_spec(f"shira_kernels.triton.{op}") is not None,
+        }
+        choice[op] = next((backend for backend in order if possible[backend]), "reference")
+        if wanted != "auto" and choice[op] != wanted:
+            raise RuntimeError(
+                f"SHIRA_GPU_BACKEND={wanted}, but shira::{op} cannot run on it: {wanted} is not available"
+            )
+        if choice[op] == "triton":
+            library.impl(op, _triton_entry(op), "CUDA", allow_override=True)
+    return choice
+
+
+def _choose_cpu_isa() -> None:
+    isa = _environment("SHIRA_CPU_ISA", ("auto", *CPU_ISAS))
+    if isa == "auto":
+        return
+    if extension is None:
+        raise RuntimeError(f"SHIRA_CPU_ISA={isa}, but the C++ extension {extension_reason}")
+    try:
+        extension.set_isa(isa)
+    except ValueError as error:
+        raise RuntimeError(f"SHIRA_CPU_ISA={isa}: {error}") from error
+
+
+_choose_cpu_isa()
+_gpu_choice = _choose_gpu_backend()
+set_check_indices(_environment("SHIRA_CHECK_INDICES", ("0", "1")) == "1")

@@ -1,0 +1,98 @@
+"""Checks that ops share. Each raises RuntimeError naming the op, the argument and what would be right."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import NoReturn
+
+import torch
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+ARITHMETIC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+Named = Iterable[tuple[str, torch.Tensor]]
+
+
+def fail(op: str, argument: str, message: str) -> NoReturn:
+    raise RuntimeError(f"shira::{op}: {argument} {message}")
+
+
+def check_vector(op: str, argument: str, tensor: torch.Tensor, like: torch.Tensor, length: int | None = None) -> None:
+    """1-D, contiguous, on the device of `like`, and of the given length."""
+    if tensor.dim() != 1:
+        fail(op, argument, f"must be 1-D, got shape {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        fail(op, argument, "must be contiguous")
+    if tensor.device != like.device:
+        fail(op, argument, f"must be on {like.device} like the weight, got {tensor.device}")
+    if length is not None and tensor.shape[0] != length:
+        fail(op, argument, f"must have one entry per index ({length}), got {tensor.shape[0]}")
+
+
+def check_indices(op: str, indices: torch.Tensor, like: torch.Tensor) -> None:
+    if indices.dtype not in INDEX_DTYPES:
+        fail(op, "indices", f"must be int32 or int64, got {indices.dtype}")
+    check_vector(op, "indices", indices, like)
+
+
+def check_index_contents(op: str, indices: torch.Tensor, numel: int) -> None:
+    """Sorted, unique and inside a tensor of `numel` elements. Reads the data, so it waits for a GPU."""
+    if indices.numel() == 0:
+        return
+    if not bool((indices[1:] > indices[:-1]).all()):
+        fail(op, "indices", "must be sorted and unique")
+    first, last = int(indices[0]), int(indices[-1])
+    if first < 0 or last >= numel:
+        fail(op, "indices", f"must lie in [0, {numel}), got {first if first < 0 else last}")
+
+
+def check_offsets(op: str, offsets: torch.Tensor, count: int, weights: list[torch.Tensor]) -> None:
+    """The form of the offsets of a batch of `count` tensors."""
+    if offsets.dtype != torch.int64:
+        fail(op, "offsets", f"must be int64, got {offsets.dtype}")
+    if offsets.dim() != 1 or not offsets.is_contiguous():
+        fail(op, "offsets", f"must be 1-D and contiguous, got shape {tuple(offsets.shape)}")
+    if offsets.shape[0] != count + 1:
+        fail(op, "offsets", f"must have one entry more than weights ({count + 1}), got {offsets.shape[0]}")
+    if offsets.device.type != "cpu" and weights and offsets.device != weights[0].device:
+        fail(op, "offsets", f"must be on the CPU or on {weights[0].device}, got {offsets.device}")
+
+
+def check_offset_contents(op: str, offsets: torch.Tensor, nnz: int) -> list[int]:
+    """Begins with 0, never falls, ends with nnz; returned as a list. Waits for a GPU that holds them."""
+    borders: list[int] = offsets.tolist()
+    if borders[0] != 0 or borders[-1] != nnz or any(a > b for a, b in itertools.pairwise(borders)):
+        fail(op, "offsets", f"must rise from 0 to the number of indices ({nnz}), got {_shorten(borders)}")
+    return borders
+
+
+def _shorten(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"
+
+
+def check_overlap(op: str, written: Named, read: Named) -> None:
+    """No written tensor shares memory with any other tensor. All are contiguous."""
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name, is_written)
+        for group, is_written in ((written, True), (read, False))
+        for name, tensor in group
+        if tensor.numel()
+    )
+    # The furthest end so far, of all spans and of the written ones, with the names of their tensors.
+    reach, reach_written = (0, ""), (0, "")
+    for begin, end, name, is_written in spans:
+        other = reach if is_written else reach_written
+        if begin < other[0]:
+            first, second = sorted((name, other[1]), key=lambda n: (not n.startswith("saved"), n))
+            fail(op, first, f"must not share memory with {second}")
+        reach = max(reach, (end, name))
+        if is_written:
+            reach_written = max(reach_written, (end, name))
+
+
+def refuse_grad(op: str, tensors: Named) -> None:
+    """The op is not differentiable: outside no_grad none of its floating-point arguments may require grad."""
+    if torch.is_grad_enabled():
+        for argument, tensor in tensors:
+            if tensor.requires_grad:
+                fail(op, argument, "requires grad: call this op under torch.no_grad()")

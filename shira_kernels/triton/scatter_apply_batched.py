@@ -1,0 +1,99 @@
+"""scatter_apply_batched in Triton: one launch for all weights.
+
+The formula is that of scatter_apply. A table [2, n] int64 holds each weight's address and number of elements; offsets
+[n + 1] cut the arena. A program owns BLOCK neighbours of the arena and finds each one's weight by binary search in the
+offsets, which stay in cache. No two entries are the same place: no atomics, no race, deterministic. An index outside
+its weight is skipped; offsets that do not rise choose a wrong weight of the list, never anything outside.
+
+Table and offsets stay on the device from call to call, so a call that was made once can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from shira_kernels.bits import as_bits
+from shira_kernels.triton._math import REPLACE, as_kernel_type, float_bits
+from shira_kernels.triton.scatter_apply import BLOCK, mode_of, update_entries
+
+
+@triton.jit(do_not_specialize=["alpha_bits", "count"])
+def scatter_apply_batched_kernel(
+    table,
+    offsets,
+    indices,
+    values,
+    saved,
+    element,  # any pointer of the weights' type: only its type is used
+    count,
+    nnz,
+    alpha_bits,
+    STEPS: tl.constexpr,
+    MODE: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < nnz
+    # The last part that begins at or before i.
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + count
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) >> 1
+        before = tl.load(offsets + middle) <= i
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    part = tl.minimum(low, count - 1)
+    address = tl.load(table + part)
+    numel = tl.load(table + count + part)
+    index = tl.load(indices + i, mask=inside, other=-1).to(tl.int64)
+    inside = inside & (index >= 0) & (index < numel)
+    weights = address.to(element.dtype) + index
+    update_entries(weights, values + i, saved + i, inside, alpha_bits, MODE, KEEP)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(device: torch.device, numbers: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def scatter_apply_batched(
+    weights: list[torch.Tensor],
+    offsets: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    alpha: float = 1.0,
+    additive: bool = False,
+    saved: torch.Tensor | None = None,
+) -> None:
+    nnz = indices.numel()
+    if nnz == 0:
+        return
+    mode = mode_of(alpha, additive)
+    view = as_bits if mode == REPLACE.value else as_kernel_type
+    device = indices.device
+    addresses = (weight.data_ptr() for weight in weights)
+    table = _on_device(device, (*addresses, *(weight.numel() for weight in weights)))
+    if offsets.device != device:
+        offsets = _on_device(device, tuple(offsets.tolist()))
+    element = view(weights[0])
+    scatter_apply_batched_kernel[(triton.cdiv(nnz, BLOCK),)](
+        table,
+        offsets,
+        indices,
+        view(values),
+        element if saved is None else view(saved),
+        element,
+        len(weights),
+        nnz,
+        float_bits(alpha),
+        STEPS=len(weights).bit_length(),
+        MODE=mode,
+        KEEP=saved is not None,
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )

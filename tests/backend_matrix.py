@@ -1,0 +1,74 @@
+"""The backends that each op is tested on, and the proof of which kernel ran."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from shira_kernels import backends
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str = "cpu"
+    isa: str | None = None
+
+    @property
+    def kernel(self) -> str:
+        """As `backends.calls` names it."""
+        return f"{self.name}/{self.isa}" if self.isa else self.name
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot run here."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "no GPU"
+        if self.name == "triton" and importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if self.name == "triton" and self.device == "cpu" and torch.cuda.is_available():
+            return "Triton kernels run on the GPU here, not in the interpreter"
+        if self.isa and backends.extension is None:
+            return f"C++ extension {backends.extension_reason}"
+        if self.isa and self.isa not in backends.extension.runnable_isas():
+            return f"this processor does not run {self.isa}"
+        if self.name == "cuda":
+            return backends.reason_unavailable("scatter_apply", "cuda")
+        return ""
+
+    @contextlib.contextmanager
+    def running(self, times: int = 1) -> Iterator[None]:
+        """Runs ops on this backend, and asserts that its kernel, and no other, ran so many times."""
+        before = backends.calls()
+        with backends.use(self.name, isa=self.isa):
+            yield
+        ran = {name: number for name, number in (backends.calls() - before).items() if number}
+        assert ran == ({self.kernel: times} if times else {})
+
+
+BACKENDS = (
+    Backend("reference"),
+    *(Backend("cpu", isa=isa) for isa in backends.CPU_ISAS),
+    Backend("triton"),
+    Backend("reference", "cuda"),
+    Backend("triton", "cuda"),
+    Backend("cuda", "cuda"),
+)
+
+
+def _parameter(backend: Backend) -> object:
+    marks = [pytest.mark.gpu] if backend.device == "cuda" else []
+    if backend.missing:
+        marks.append(pytest.mark.skip(reason=backend.missing))
+    interpreted = "-interpreter" if backend.name == "triton" and backend.device == "cpu" else ""
+    return pytest.param(
+        backend, marks=marks, id=backend.kernel + interpreted + ("-gpu" if backend.device == "cuda" else "")
+    )
+
+
+each_backend = pytest.mark.parametrize("backend", [_parameter(backend) for backend in BACKENDS])

@@ -1,0 +1,139 @@
+"""What only a GPU can show: graphs, streams, guards around every tensor, checked mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backend_matrix import Backend
+from oracle import bits, sorted_indices
+
+from shira_kernels import backends
+
+GPU_BACKENDS = [Backend("triton", "cuda"), Backend("cuda", "cuda")]
+each_gpu_backend = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(b, id=b.name, marks=[pytest.mark.skip(reason=b.missing)] if b.missing else []) for b in GPU_BACKENDS],
+)
+pytestmark = pytest.mark.gpu
+
+
+def model(
+    sizes: tuple[int, ...] = (4096, 300, 70_000),
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    weights = [torch.zeros(size, device="cuda") for size in sizes]
+    counts = [size // 10 for size in sizes]
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
+    indices = torch.cat([sorted_indices(size, n, torch.int32) for size, n in zip(sizes, counts, strict=True)]).cuda()
+    return weights, offsets, indices, torch.arange(1.0, 1.0 + sum(counts), device="cuda")
+
+
+@each_gpu_backend
+def test_cuda_graph(backend: Backend) -> None:
+    weights, offsets, indices, values = model()
+    saved = torch.empty_like(values)
+    run = backends.kernel("scatter_apply_batched", backend.name)
+    run(weights, offsets, indices, values, 1.0, False, saved)  # warms up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(weights, offsets, indices, values, 1.0, False, saved)
+    for factor in (2.0, 3.0):
+        for weight in weights:
+            weight.fill_(-1)
+        values.copy_(torch.arange(1.0, 1.0 + values.numel(), device="cuda") * factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        for i, weight in enumerate(weights):
+            part = slice(offsets[i], offsets[i + 1])
+            expected = torch.full_like(weight, -1)
+            expected[indices[part].long()] = values[part]
+            assert torch.equal(weight, expected)
+        assert (saved == -1).all()
+
+
+@each_gpu_backend
+def test_current_stream(backend: Backend) -> None:
+    weights, offsets, indices, values = model()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for weight in weights:
+            weight.fill_(5)
+        with backend.running():
+            torch.ops.shira.scatter_apply_batched(weights, offsets, indices, values)
+    stream.synchronize()
+    assert sum(int((weight != 5).sum()) for weight in weights) == values.numel() - int((values == 5).sum())
+
+
+@each_gpu_backend
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_nothing_outside_is_written_whatever_the_indices(backend: Backend, index_dtype: torch.dtype) -> None:
+    block = torch.full((3, 10_000), 7.0, device="cuda")
+    weight, around = block[1], block[[0, 2]].clone()
+    low, high = torch.iinfo(index_dtype).min, torch.iinfo(index_dtype).max
+    indices = torch.tensor([low, -10_000, -1, 10_000, 19_999, high], dtype=index_dtype, device="cuda")
+    values, saved = torch.ones(6, device="cuda"), torch.zeros(6, device="cuda")
+    with backend.running():
+        torch.ops.shira.scatter_apply(weight, indices, values, 1.0, False, saved)
+    for bad_offsets in ([0, 6, 6], [0, -5, 6], [9, 2, 6]):
+        with backend.running():
+            offsets = torch.tensor(bad_offsets, device="cuda")
+            torch.ops.shira.scatter_apply_batched([weight[:5000], weight[5000:]], offsets, indices, values)
+    torch.cuda.synchronize()
+    assert torch.equal(block[[0, 2]], around)
+
+
+@each_gpu_backend
+def test_checked_mode_refuses_before_anything_is_written(backend: Backend) -> None:
+    weight, values = torch.zeros(10, device="cuda"), torch.ones(3, device="cuda")
+    for numbers in ([1, 3, 2], [1, 1, 2], [-1, 0, 1], [8, 9, 10]):
+        indices = torch.tensor(numbers, device="cuda")
+        with backends.checked(), pytest.raises(RuntimeError, match="indices must"), backend.running(times=0):
+            torch.ops.shira.scatter_apply(weight, indices, values)
+        offsets = torch.tensor([0, 0, 3], device="cuda")
+        with backends.checked(), pytest.raises(RuntimeError, match="indices must"), backend.running(times=0):
+            torch.ops.shira.scatter_apply_batched([torch.zeros(4, device="cuda"), weight], offsets, indices, values)
+    offsets = torch.tensor([0, 4], device="cuda")
+    with backends.checked(), pytest.raises(RuntimeError, match="offsets must"), backend.running(times=0):
+        torch.ops.shira.scatter_apply_batched([weight], offsets, torch.tensor([0, 1, 2], device="cuda"), values)
+    assert not weight.any()
+    with backends.checked(), backend.running():
+        torch.ops.shira.scatter_apply(weight, torch.tensor([0, 5, 9], device="cuda"), values)
+    assert weight.sum() == 3
+
+
+@each_gpu_backend
+def test_more_weights_than_one_launch_holds(backend: Backend) -> None:
+    weights = [torch.zeros(4, device="cuda") for _ in range(2500)]
+    indices = torch.full((2500,), 2, dtype=torch.int32, device="cuda")
+    values = torch.arange(2500.0, device="cuda")
+    for device in ("cpu", "cuda"):
+        for weight in weights:
+            weight.zero_()
+        with backend.running():
+            torch.ops.shira.scatter_apply_batched(weights, torch.arange(2501, device=device), indices, values)
+        assert torch.equal(torch.stack(weights)[:, 2], values)
+        assert torch.stack(weights).sum() == values.sum()
+
+
+@each_gpu_backend
+def test_addresses_beyond_2_to_31(backend: Backend) -> None:
+    indices = torch.tensor([0, 2**31 - 1, 2**31, 2**31 + 70_001], device="cuda")
+    weight = torch.zeros(2**31 + 70_002, dtype=torch.uint8, device="cuda")
+    with backend.running():
+        torch.ops.shira.scatter_apply(weight, indices, torch.arange(1, 5, dtype=torch.uint8, device="cuda"))
+    assert weight[indices].tolist() == [1, 2, 3, 4]
+    assert int(weight.sum(dtype=torch.int64)) == 10
+
+
+@each_gpu_backend
+def test_same_bits_each_time(backend: Backend) -> None:
+    weights, offsets, indices, values = model()
+    results = []
+    for _ in range(3):
+        copies = [weight.clone() for weight in weights]
+        with backend.running():
+            torch.ops.shira.scatter_apply_batched(copies, offsets, indices, values, 0.3, True)
+        results.append(torch.cat([bits(copy) for copy in copies]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

@@ -1,0 +1,153 @@
+"""The package as a whole: how it loads, what it links, what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import shira_kernels
+from shira_kernels import backends
+from shira_kernels.ops import OPS
+
+ROOT = Path(__file__).parent.parent
+WITHOUT_EXTENSION = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == "shira_kernels._C": raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+"""
+WRITE = """
+import torch, shira_kernels
+weight = torch.zeros(4)
+torch.ops.shira.scatter_apply(weight, torch.tensor([1]), torch.ones(1))
+assert weight.tolist() == [0, 1, 0, 0]
+print(shira_kernels.backends.active("scatter_apply", "cpu"), dict(shira_kernels.backends.calls()))
+"""
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SHIRA_", "TRITON_"))}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+needs_extension = pytest.mark.skipif(backends.extension is None, reason="C++ extension not built")
+
+
+def test_import_is_light() -> None:
+    heavy = ("triton", "transformers", "peft", "matplotlib", "safetensors", "shira", "torch._inductor", "torch._dynamo")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import shira_kernels
+print([name for name in {heavy} if name in sys.modules and name not in before], torch.cuda.is_initialized())
+"""
+    result = python(code)
+    assert result.stdout.split("\n")[0] == "[] False", result.stderr
+
+
+def test_without_the_extension_the_reference_works() -> None:
+    result = python(WITHOUT_EXTENSION + WRITE)
+    assert result.stdout.strip() == "reference {'reference': 1}", result.stderr
+    forced = python(WITHOUT_EXTENSION + WRITE, SHIRA_CPU_ISA="avx2")
+    assert "SHIRA_CPU_ISA=avx2, but the C++ extension" in forced.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", backends.CPU_ISAS)
+def test_forced_isa(isa: str) -> None:
+    if isa not in backends.extension.runnable_isas():
+        pytest.skip(f"this processor does not run {isa}")
+    assert python(WRITE, SHIRA_CPU_ISA=isa).stdout.strip() == f"cpu/{isa} {{'cpu/{isa}': 1}}"
+
+
+def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
+    assert (
+        "SHIRA_CPU_ISA must be one of auto, base, avx2, avx512, got 'sse9'"
+        in python(WRITE, SHIRA_CPU_ISA="sse9").stderr
+    )
+    assert "SHIRA_GPU_BACKEND must be one of auto, triton, cuda, got 'x'" in python(WRITE, SHIRA_GPU_BACKEND="x").stderr
+    if backends.extension is None or not backends.extension.cuda_ops():
+        result = python(WRITE, SHIRA_GPU_BACKEND="cuda")
+        assert "SHIRA_GPU_BACKEND=cuda, but shira::scatter_apply cannot run on it" in result.stderr
+    with pytest.raises(RuntimeError, match="isa must be one"):
+        backends.use("cpu", isa="sse9")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        backends.use("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="backend cuda cannot run"):
+            backends.use("cuda")
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_only_the_stable_abi_of_torch_is_used() -> None:
+    symbols = subprocess.run(
+        ["nm", "-DC", "--undefined-only", backends.extension.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    assert "aoti_torch" in symbols
+    assert not [line for line in symbols.splitlines() if "at::" in line or "c10::" in line or "torch::" in line]
+
+
+@needs_extension
+def test_each_isa_has_its_own_code() -> None:
+    """No instruction beyond the base set outside the functions of the ISA namespaces."""
+    if shutil.which("objdump") is None or "avx512" not in backends.extension.runnable_isas():
+        pytest.skip("needs objdump and an x86-64 build")
+    listing = subprocess.run(
+        ["objdump", "-dC", "--no-show-raw-insn", backends.extension.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    wide: dict[str, bool] = {}
+    for function in listing.split("\n\n"):
+        name = function.split("\n", 1)[0]
+        wide[name] = "%ymm" in function or "%zmm" in function
+    outside = [name for name, uses in wide.items() if uses and "avx2::" not in name and "avx512::" not in name]
+    assert not outside
+    assert any(uses and "avx512::" in name for name, uses in wide.items()), "the wide code is there"
+
+
+def test_info_command() -> None:
+    command = [sys.executable, "-m", "shira_kernels"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    known = json.loads(
+        subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
+    assert set(known["kernels"]) == set(OPS)
+    for op, states in known["kernels"].items():
+        assert list(states) == list(backends.BACKENDS)
+        assert f"{op} " in text
+        assert all(states.values()), "a reason for each that is not active"
+        active = backends.active(op, "cpu").split("/")[0]
+        assert "cpu" in states[active].split()
+    assert known["shira-kernels"] == shira_kernels.__version__
+
+
+def test_one_stem_for_each_op() -> None:
+    checks = subprocess.run(
+        [sys.executable, ROOT / "tools/check_repository.py"], capture_output=True, text=True, check=False
+    )
+    assert checks.returncode == 0, checks.stderr
+
+
+def test_schemas_are_the_contract() -> None:
+    rest = "Tensor indices, Tensor values, float alpha=1., bool additive=False, Tensor(b!)? saved=None) -> ()"
+    single, batched = torch.ops.shira.scatter_apply.default, torch.ops.shira.scatter_apply_batched.default
+    assert str(single._schema) == f"shira::scatter_apply(Tensor(a!) weight, {rest}"
+    assert str(batched._schema) == f"shira::scatter_apply_batched(Tensor(a!)[] weights, Tensor offsets, {rest}"
