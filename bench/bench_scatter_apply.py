@@ -1,0 +1,267 @@
+"""scatter_apply and scatter_apply_batched against torch's own scatters and against fusing LoRA.
+
+Random sorted unique indices, int32 for ours and int64 for torch's ops, which take nothing else; weights, entries and
+LoRA factors are all rotated, so every side meets all of its inputs cold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from compare import Place, Side
+from rotation import Slot, expected_touched_bytes, make_rotation, touched_bytes
+
+from shira_kernels import backends
+
+scatter_apply = torch.ops.shira.scatter_apply
+scatter_apply_batched = torch.ops.shira.scatter_apply_batched
+
+DTYPES = ["float32", "bfloat16"]
+SHAPE = (4096, 4096)
+RANK = 64
+KEEPING, ADDITIVE = "scatter_apply, old values kept", "scatter_apply, additive"
+LORA_ADDMM, LORA_MATMUL = f"LoRA addmm_, rank {RANK}", f"LoRA W += B @ A, rank {RANK}"
+
+
+def llama_shapes(hidden: int, intermediate: int, layers: int) -> list[tuple[int, int]]:
+    """[out, in] of the seven projections of each layer."""
+    attention = [(hidden, hidden)] * 4
+    feed_forward = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    return (attention + feed_forward) * layers
+
+
+SMALL_LLAMA = llama_shapes(1024, 2816, layers=4)
+LLAMA_7B_PART = llama_shapes(4096, 11008, layers=4)
+
+
+def apply(slot: Slot, op: Callable[..., None] = scatter_apply) -> None:
+    for part in slot.parts:
+        op(part.weight, part.indices, part.values)
+
+
+def apply_keeping(slot: Slot) -> None:
+    scatter_apply(slot.weights[0], slot.indices, slot.values, 1.0, False, slot.saved)
+
+
+def apply_additive(slot: Slot) -> None:
+    scatter_apply(slot.weights[0], slot.indices, slot.values, 1.0, True)
+
+
+def apply_batched(slot: Slot, op: Callable[..., None] = scatter_apply_batched) -> None:
+    op(slot.weights, slot.offsets, slot.indices, slot.values)
+
+
+def index_copy(slot: Slot) -> None:
+    for part in slot.parts:
+        part.flat.index_copy_(0, part.indices64, part.values)
+
+
+def scatter(slot: Slot) -> None:
+    for part in slot.parts:
+        part.flat.scatter_(0, part.indices64, part.values)
+
+
+def lora_addmm(slot: Slot) -> None:
+    for weight, (b, a) in zip(slot.weights, slot.lora, strict=True):
+        weight.addmm_(b, a)
+
+
+def lora_matmul_add(slot: Slot) -> None:
+    # PEFT also multiplies the product by its scaling: left out, in favour of the baseline.
+    for weight, (b, a) in zip(slot.weights, slot.lora, strict=True):
+        weight += b @ a
+
+
+def sparse_bytes(slot: Slot, *vectors: torch.Tensor) -> int:
+    """Bytes of one call: each touched line read and written, the values read, each of `vectors` read or written."""
+    return 2 * touched_bytes(slot) + slot.values.nbytes + sum(vector.nbytes for vector in vectors)
+
+
+def lora_bytes(slot: Slot, passes: int) -> int:
+    """Bytes of fusing LoRA: so many passes over the whole weights, and the factors."""
+    return passes * sum(weight.nbytes for weight in slot.weights) + sum(b.nbytes + a.nbytes for b, a in slot.lora)
+
+
+def facts(slots: list[Slot], dtype: str, density: float) -> dict[str, Any]:
+    slot = slots[0]
+    return {
+        "dtype": dtype,
+        "nnz": slot.indices.numel(),
+        "density": density,
+        "weights": len(slot.weights),
+        "weight_bytes": sum(weight.nbytes for weight in slot.weights),
+        "touched_bytes": touched_bytes(slot),
+        "expected_touched_bytes": expected_touched_bytes(slot),
+    }
+
+
+def forced_backends(place: Place, op: str, run: Callable[..., None], bytes_moved: int) -> dict[str, Side]:
+    """On a GPU, a side for each backend that can run the op there; elsewhere none."""
+    forced = {}
+    for backend in ("triton", "cuda") if place.device == "cuda" else ():
+        try:
+            kernel = backends.kernel(op, backend)
+        except RuntimeError:
+            continue
+        forced[f"{op} ({backend})"] = Side(partial(run, op=kernel), bytes_moved)
+    return forced
+
+
+def outcome(side: Side, slot: Slot) -> Slot:
+    """A copy of the slot after one call."""
+    result = slot.copy()
+    with side.context():
+        side.run(result)
+    return result
+
+
+def assert_same_bits(name: str, got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        bits = torch.int32 if g.element_size() == 4 else torch.int16
+        differ = (g.view(bits) != w.view(bits)).sum().item()
+        assert not differ, f"{name}: {differ} of {g.numel()} entries of weight {i} differ in their bits"
+
+
+def check_replacing(sides: dict[str, Side], names: list[str], slot: Slot, baseline: str = "index_copy_") -> None:
+    """The sides called `names` leave the same bits as the baseline, and those are not the bits from before."""
+    want = outcome(sides[baseline], slot).weights
+    assert all(not torch.equal(w, before) for w, before in zip(want, slot.weights, strict=True))
+    for name in names:
+        assert_same_bits(name, outcome(sides[name], slot).weights, want)
+
+
+def check_switch(sides: dict[str, Side], replacing: list[str], slot: Slot) -> None:
+    check_replacing(sides, replacing, slot)
+
+    kept = outcome(sides[KEEPING], slot)
+    old = [slot.parts[0].flat[slot.indices64]]
+    assert_same_bits("saved", [kept.saved], old)
+    scatter_apply(kept.weights[0], kept.indices, kept.saved)
+    assert_same_bits("reverted", kept.weights, slot.weights)
+
+    added = slot.copy().parts[0]
+    added.flat[added.indices64] += added.values
+    assert_same_bits("additive", outcome(sides[ADDITIVE], slot).weights, [added.weight])
+
+    fused, summed = (outcome(sides[name], slot).weights[0] for name in (LORA_ADDMM, LORA_MATMUL))
+    torch.testing.assert_close(fused, summed)
+    assert not torch.equal(fused, slot.weights[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_switch(compare: Callable[..., None], place: Place, dtype: str) -> None:
+    """One weight at 2 %: against torch's scatters and against fusing LoRA in the two usual ways."""
+    slots = make_rotation([SHAPE], getattr(torch, dtype), place.device, density=0.02, rank=RANK)
+    slot = slots[0]
+    ours = Side(apply, sparse_bytes(slot, slot.indices))
+    forced = forced_backends(place, "scatter_apply", apply, ours.bytes_moved)
+    sides = {
+        "scatter_apply": ours,
+        **forced,
+        KEEPING: Side(apply_keeping, sparse_bytes(slot, slot.indices, slot.saved)),
+        ADDITIVE: Side(apply_additive, sparse_bytes(slot, slot.indices)),
+        "index_copy_": Side(index_copy, sparse_bytes(slot, slot.indices64)),
+        "scatter_": Side(scatter, sparse_bytes(slot, slot.indices64)),
+        LORA_ADDMM: Side(lora_addmm, lora_bytes(slot, passes=2)),
+        LORA_MATMUL: Side(lora_matmul_add, lora_bytes(slot, passes=4)),
+    }
+    compare(
+        sides,
+        ours="scatter_apply",
+        baselines=["index_copy_", "scatter_", LORA_ADDMM, LORA_MATMUL],
+        slots=slots,
+        check=lambda: check_switch(sides, ["scatter_apply", *forced, "scatter_"], slot),
+        place=place,
+        group="Switch one weight (4096 x 4096, 2 %, cold)",
+        label=f"{place}, {dtype}",
+        info=facts(slots, dtype, 0.02),
+    )
+
+
+@pytest.mark.parametrize("density", [0.005, 0.01, 0.02, 0.05])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_density(compare: Callable[..., None], place: Place, dtype: str, density: float) -> None:
+    slots = make_rotation([SHAPE], getattr(torch, dtype), place.device, density=density)
+    slot = slots[0]
+    sides = {
+        "scatter_apply": Side(apply, sparse_bytes(slot, slot.indices)),
+        "index_copy_": Side(index_copy, sparse_bytes(slot, slot.indices64)),
+    }
+    compare(
+        sides,
+        ours="scatter_apply",
+        baselines=["index_copy_"],
+        slots=slots,
+        check=lambda: check_replacing(sides, ["scatter_apply"], slot),
+        place=place,
+        group="Density sweep (4096 x 4096, cold)",
+        label=f"{place}, {dtype}, {density:.1%}",
+        info={**facts(slots, dtype, density), "sweep": "density"},
+    )
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad], ids=["grad", "no_grad"])
+def test_small_call(compare: Callable[..., None], place: Place, grad_mode: Callable[[], Any]) -> None:
+    """1000 entries of a warm weight: what a call costs, autograd's bookkeeping included."""
+    numel = 1024 * 1024
+    slots = make_rotation([(1024, 1024)], torch.float32, place.device, density=1000 / numel, warm=True)
+    slot = slots[0]
+    ours = Side(apply, sparse_bytes(slot, slot.indices), grad_mode)
+    sides = {"scatter_apply": ours, "index_copy_": Side(index_copy, sparse_bytes(slot, slot.indices64), grad_mode)}
+    compare(
+        sides,
+        ours="scatter_apply",
+        baselines=["index_copy_"],
+        slots=slots,
+        check=lambda: check_replacing(sides, ["scatter_apply"], slot),
+        place=place,
+        group="Small call (1000 entries, float32, warm)",
+        label=f"{place}, {grad_mode.__name__}",
+        info=facts(slots, "float32", 1000 / numel),
+        calls=200,
+    )
+
+
+def compare_model(
+    compare: Callable[..., None], place: Place, dtype: str, shapes: list[tuple[int, int]], group: str
+) -> None:
+    """All weights of a model in one call, against a call for each weight."""
+    slots = make_rotation(shapes, getattr(torch, dtype), place.device, density=0.02)
+    slot = slots[0]
+    ours = Side(apply_batched, sparse_bytes(slot, slot.indices))
+    forced = forced_backends(place, "scatter_apply_batched", apply_batched, ours.bytes_moved)
+    loop = f"{len(shapes)} x index_copy_"
+    calls = f"{len(shapes)} x scatter_apply"
+    sides = {
+        "scatter_apply_batched": ours,
+        **forced,
+        calls: Side(apply, sparse_bytes(slot, slot.indices)),
+        loop: Side(index_copy, sparse_bytes(slot, slot.indices64)),
+    }
+    compare(
+        sides,
+        ours="scatter_apply_batched",
+        baselines=[calls, loop],
+        slots=slots,
+        check=lambda: check_replacing(sides, ["scatter_apply_batched", *forced, calls], slot, loop),
+        place=place,
+        group=group,
+        label=f"{place}, {dtype}",
+        info=facts(slots, dtype, 0.02),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_model(compare: Callable[..., None], place: Place, dtype: str) -> None:
+    compare_model(compare, place, dtype, SMALL_LLAMA, "Switch a model (4 Llama layers, hidden 1024, 2 %, cold)")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", [Place("cuda")], ids=str, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_model(compare: Callable[..., None], place: Place, dtype: str) -> None:
+    compare_model(compare, place, dtype, LLAMA_7B_PART, "Switch a model (4 layers of a 7B Llama, 2 %, cold)")

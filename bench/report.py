@@ -1,0 +1,316 @@
+"""Turns pytest-benchmark's JSON into report.md and pictures: python bench/report.py out.json [more.json] -o DIR"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LEGEND = """\
+- **ratio**: this side's time over ours, round by round: the median, and in brackets the middle half of the rounds.
+  Above 1 ours is faster. **LOSS** marks a baseline that is faster than ours.
+- **bytes moved**: memory traffic that one call cannot avoid. A sparse write reads and writes every memory line that it
+  touches (64 bytes on a CPU, 32 on a GPU), counted from the indices.
+- **of copy**: bytes moved per second over those of a plain copy in the same run, bytes read plus bytes written. A CPU's
+  copy also loads each line that it writes, which is not counted, so a share may exceed 100 %.
+- **of byte bound**: the time in which a streaming update in place moves the bytes that ours must move, over this side's
+  time.
+- **host**: on a GPU, the time until the call returned; the medians there are times on the device.
+"""
+
+
+# What `compare` records of a case and of a side, and this report needs.
+CASE_KEYS = """label place device threads dtype ours baselines sides byte_bound_us copy_gb_per_s in_place_gb_per_s slots
+    torch cpu isa gpu command"""
+SIDE_KEYS = (
+    """median_us iqr_us ratio ratio_quartiles bytes_moved gb_per_s share_of_copy share_of_byte_bound host_us kernel"""
+)
+
+
+class ReportError(Exception):
+    """A file that cannot be reported; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark of the JSON: its group and the facts that `compare` recorded. `tag` tells several files apart."""
+
+    tag: str
+    group: str
+    info: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return f"{self.tag}{self.info['label']}"
+
+    @property
+    def place(self) -> str:
+        return f"{self.tag}{self.info['place']}"
+
+    @property
+    def sides(self) -> dict[str, dict[str, Any]]:
+        return self.info["sides"]
+
+    def is_loss(self, name: str) -> bool:
+        return name in self.info["baselines"] and self.sides[name]["ratio"] < 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One JSON file: when it was made, and its cases."""
+
+    tag: str
+    date: str
+    commit: str
+    cases: list[Case]
+
+
+def load(path: Path, tag: str = "") -> Run:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ReportError(f"{path}: not readable as JSON: {error}") from error
+    try:
+        cases = [Case(tag, entry["group"], entry["extra_info"]) for entry in content["benchmarks"]]
+        commit = content["commit_info"]
+        described = (
+            f"{commit['id'][:12]}{' with local changes' if commit['dirty'] else ''}" if commit["id"] else "unknown"
+        )
+        for case in cases:
+            if missing := (set(CASE_KEYS.split()) - case.info.keys()) | {
+                key for side in case.sides.values() for key in set(SIDE_KEYS.split()) - side.keys()
+            }:
+                raise ReportError(
+                    f"{path}: no {', '.join(sorted(missing))} in a benchmark; was it made by pytest bench/?"
+                )
+        run = Run(tag, content["datetime"][:16], described, cases)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{path}: not a result of `pytest bench/ --benchmark-json`: {error!r}") from error
+    if not cases:
+        raise ReportError(f"{path}: holds no benchmarks")
+    return run
+
+
+def conditions(run: Run) -> list[str]:
+    infos = [case.info for case in run.cases]
+
+    def distinct(values: Iterator[Any]) -> str:
+        return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
+
+    speeds = dict.fromkeys(
+        f"{i['place']} copy {i['copy_gb_per_s']:.1f}, in place {i['in_place_gb_per_s']:.1f} GB/s" for i in infos
+    )
+    lines = [
+        f"- {run.tag}{run.date}, commit {run.commit}",
+        f"- CPU: {distinct(i['cpu'] for i in infos)}, {distinct(i['isa'] for i in infos)}",
+        f"- GPU: {distinct(i['gpu'] for i in infos)}",
+        f"- torch {distinct(i['torch'] for i in infos)}, "
+        f"threads: {distinct(i['threads'] for i in infos if i['device'] == 'cpu')}",
+        f"- bandwidth, read plus written: {'; '.join(speeds)}",
+        f"- command: `{distinct(i['command'] for i in infos)}`",
+    ]
+    return [line for line in lines if not line.endswith(": ")]
+
+
+def groups(runs: list[Run]) -> dict[str, list[Case]]:
+    found: dict[str, list[Case]] = {}
+    for run in runs:
+        for case in run.cases:
+            found.setdefault(case.group, []).append(case)
+    return found
+
+
+def format_time(us: float) -> str:
+    return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.1f} us"
+
+
+def format_bytes(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def table(cases: list[Case]) -> list[str]:
+    on_gpu = any(case.info["device"] == "cuda" for case in cases)
+    columns = [
+        "case",
+        "side",
+        "kernel",
+        "median",
+        "spread (IQR)",
+        "ratio",
+        "bytes moved",
+        "GB/s",
+        "of copy",
+        "of byte bound",
+    ]
+    columns += ["host"] if on_gpu else []
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for case in cases:
+        for name, side in case.sides.items():
+            is_ours = name == case.info["ours"]
+            low, high = side["ratio_quartiles"]
+            ratio = f"{side['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+            cells = [
+                case.label if is_ours else "",
+                f"**{name}**" if is_ours else name,
+                side["kernel"] or "",
+                format_time(side["median_us"]),
+                f"{side['iqr_us'] / side['median_us']:.0%}",
+                "1" if is_ours else f"{ratio} **LOSS**" if case.is_loss(name) else ratio,
+                format_bytes(side["bytes_moved"]),
+            ]
+            # Warm data is in the cache, where memory bandwidth says nothing.
+            shares = [f"{side['gb_per_s']:.1f}", f"{side['share_of_copy']:.0%}", f"{side['share_of_byte_bound']:.0%}"]
+            cells += shares if case.info["slots"] > 1 else [""] * len(shares)
+            cells += [format_time(side["host_us"]) if side["host_us"] else ""] if on_gpu else []
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown(runs: list[Run], pictures: dict[str, str]) -> str:
+    lines = ["# Benchmark report", ""]
+    for run in runs:
+        lines += [*conditions(run), ""]
+    lines += [LEGEND]
+    losses = [
+        f"- {case.group}; {case.label}: {name} takes {case.sides[name]['ratio']:.2f} of our time"
+        for run in runs
+        for case in run.cases
+        for name in case.info["baselines"]
+        if case.is_loss(name)
+    ]
+    lines += ["## Losses", "", *(losses or ["None."]), ""]
+    for group, cases in groups(runs).items():
+        lines += [f"## {group}", "", f"![{group}]({pictures[group]})", "", *table(cases), ""]
+    return "\n".join(lines)
+
+
+def draw_ratios(group: str, cases: list[Case]) -> bytes:
+    """Bars: each baseline's time over ours, log axis, the middle half of the rounds as whiskers."""
+    names = list(dict.fromkeys(name for case in cases for name in case.info["baselines"]))
+    height = 0.8 / len(cases)
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.32 * len(names) * len(cases)), layout="constrained")
+    colours = plt.get_cmap("tab10")
+    for row, case in enumerate(cases):
+        shown = [name for name in names if name in case.sides]
+        places = [names.index(name) + (row - (len(cases) - 1) / 2) * height for name in shown]
+        sides = [case.sides[name] for name in shown]
+        ratios = [side["ratio"] for side in sides]
+        whiskers = [
+            [side["ratio"] - side["ratio_quartiles"][0] for side in sides],
+            [side["ratio_quartiles"][1] - side["ratio"] for side in sides],
+        ]
+        # Bars start at 1, so that a loss points to the other side.
+        axes.barh(
+            places, [r - 1 for r in ratios], height, left=1, xerr=whiskers, color=colours(row % 10), label=case.label
+        )
+        for y, ratio, side in zip(places, ratios, sides, strict=True):
+            axes.text(
+                max(1, side["ratio_quartiles"][1]) * 1.05,
+                y,
+                f"{ratio:.2f}" + (" LOSS" if ratio < 1 else ""),
+                va="center",
+            )
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.5), max(high, 2) * 1.3)
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(low, 0.5) <= t <= max(high, 2) * 1.3]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time over that of {cases[0].info['ours']} (log scale; right of 1: ours is faster)")
+    axes.set_title(group)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return png(figure)
+
+
+def draw_sweep(group: str, cases: list[Case]) -> bytes:
+    """Lines: time over the swept quantity, one panel for each place and dtype, with the byte bound."""
+    panels: dict[tuple[str, str], list[Case]] = {}
+    for case in cases:
+        panels.setdefault((case.place, case.info["dtype"]), []).append(case)
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, ((place, dtype), members) in zip(grid.flat, panels.items(), strict=False):
+        swept = members[0].info["sweep"]
+        members = sorted(members, key=lambda case: case.info[swept])
+        x = [case.info[swept] for case in members]
+        for name in members[0].sides:
+            axes.plot(x, [case.sides[name]["median_us"] / 1000 for case in members], marker="o", label=name)
+        bound = [case.info["byte_bound_us"] / 1000 for case in members]
+        axes.plot(x, bound, color="black", linestyle="--", label="byte bound of ours")
+        axes.set_title(f"{place}, {dtype}")
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(swept)
+        axes.set_ylabel("median time, ms")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(group)
+    return png(figure)
+
+
+def png(figure: plt.Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Whole or not at all: a temporary file beside it, then a rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", nargs="+", type=Path, help="files written by pytest bench/ --benchmark-json=FILE")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for report.md and the pictures")
+    options = parser.parse_args(arguments)
+    try:
+        several = len(options.json) > 1
+        runs = [load(path, f"{path.stem}: " if several else "") for path in options.json]
+        options.output.mkdir(parents=True, exist_ok=True)
+        pictures = {}
+        for group, cases in groups(runs).items():
+            draw: Callable[[str, list[Case]], bytes] = draw_sweep if "sweep" in cases[0].info else draw_ratios
+            pictures[group] = re.sub(r"[^a-z0-9]+", "-", group.lower()).strip("-") + ".png"
+            write(options.output / pictures[group], draw(group, cases))
+        write(options.output / "report.md", markdown(runs, pictures).encode())
+    except (ReportError, OSError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    print(options.output / "report.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

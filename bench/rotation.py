@@ -1,0 +1,122 @@
+"""Inputs of the benchmarks: weights, sparse entries and LoRA factors in slots, enough slots that each is met cold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from compare import cache_bytes, line_bytes
+
+# A slot is met again only after this many times the cache has been touched.
+CACHE_TURNS = 2
+
+
+@dataclass(frozen=True)
+class Entries:
+    """One weight of a slot and its part of the arena: what calls for single weights take, sliced ahead of timing."""
+
+    weight: torch.Tensor
+    flat: torch.Tensor
+    indices: torch.Tensor
+    indices64: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The weights of a model (or a single weight), with its own entries and, if asked for, LoRA factors.
+
+    `indices` is int32 and `indices64` the same as int64, which torch's own ops need; `lora` is a (B, A) per weight.
+    """
+
+    weights: list[torch.Tensor]
+    offsets: torch.Tensor
+    indices: torch.Tensor
+    indices64: torch.Tensor
+    values: torch.Tensor
+    saved: torch.Tensor
+    lora: list[tuple[torch.Tensor, torch.Tensor]]
+    parts: list[Entries]
+
+    def copy(self) -> Slot:
+        """The same slot with weights and `saved` of its own."""
+        weights = [weight.clone() for weight in self.weights]
+        parts = [
+            replace(part, weight=weight, flat=weight.view(-1)) for part, weight in zip(self.parts, weights, strict=True)
+        ]
+        return replace(self, weights=weights, saved=torch.zeros_like(self.saved), parts=parts)
+
+
+def make_rotation(
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    density: float,
+    rank: int = 0,
+    warm: bool = False,
+) -> list[Slot]:
+    """Slots of weights of `shapes`, `density` of each weight listed. One slot if `warm`, else as many as cold needs."""
+    generator = torch.Generator().manual_seed(0)
+    first = _make_slot(shapes, dtype, device, density, rank, generator)
+    if warm:
+        return [first]
+    # Counted in touched lines: what a sparse write leaves untouched evicts nothing.
+    touched = touched_bytes(first) + (first.indices.nbytes + first.values.nbytes)
+    count = 1 + math.ceil(CACHE_TURNS * cache_bytes(device) / touched)
+    return [first] + [_make_slot(shapes, dtype, device, density, rank, generator) for _ in range(count - 1)]
+
+
+def _make_slot(
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: str,
+    density: float,
+    rank: int,
+    generator: torch.Generator,
+) -> Slot:
+    def small_random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).mul_(0.01).to(device, dtype)
+
+    weights = [torch.full(shape, 0.01, dtype=dtype, device=device) for shape in shapes]
+    lists = [random_indices(w.numel(), round(density * w.numel()), generator) for w in weights]
+    offsets = torch.tensor([0, *(len(part) for part in lists)]).cumsum(0)
+    indices64 = torch.cat(lists)
+    values = small_random(len(indices64))
+    lora = [(small_random(n, rank), small_random(rank, m)) for n, m in shapes] if rank else []
+    cuts = offsets.tolist()
+    offsets, indices, indices64 = offsets.to(device), indices64.int().to(device), indices64.to(device)
+    parts = [
+        Entries(weight, weight.view(-1), indices[begin:end], indices64[begin:end], values[begin:end])
+        for weight, begin, end in zip(weights, cuts[:-1], cuts[1:], strict=True)
+    ]
+    return Slot(weights, offsets, indices, indices64, values, torch.zeros_like(values), lora, parts)
+
+
+def random_indices(numel: int, nnz: int, generator: torch.Generator) -> torch.Tensor:
+    """[nnz] int64, sorted, unique, uniform in [0, numel)."""
+    indices = torch.empty(0, dtype=torch.int64)
+    while len(indices) < nnz:
+        more = torch.randint(numel, (nnz + nnz // 8 + 16 - len(indices),), generator=generator)
+        indices = torch.cat([indices, more]).unique()
+    keep = torch.randperm(len(indices), generator=generator)[:nnz]
+    return indices[keep].sort().values
+
+
+def touched_bytes(slot: Slot) -> int:
+    """Bytes in the memory lines that hold at least one listed entry, counted from the indices."""
+    line = line_bytes(slot.indices.device.type)
+    lines = 0
+    for part in slot.parts:
+        addresses = part.weight.data_ptr() + part.indices64 * part.weight.element_size()
+        lines += torch.div(addresses, line, rounding_mode="floor").unique_consecutive().numel()
+    return lines * line
+
+
+def expected_touched_bytes(slot: Slot) -> float:
+    """The same as an expectation for random entries: a line of n entries is touched with probability 1-(1-d)^n."""
+    entries = line_bytes(slot.indices.device.type) / slot.weights[0].element_size()
+    densities = [len(part.indices) / part.weight.numel() for part in slot.parts]
+    return sum(w.nbytes * (1.0 - (1.0 - d) ** entries) for w, d in zip(slot.weights, densities, strict=True))

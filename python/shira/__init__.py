@@ -1,0 +1,19 @@
+"""Sparse high-rank adapters: train 1-2 % of a model's own weights, save them, switch them in place."""
+
+from shira import masks
+from shira.adapter import Adapter, AdapterTensor
+from shira.attach import Handle, attach
+from shira.config import ShiraConfig
+from shira.io import AdapterFormatError
+from shira.resident import ResidentAdapters
+
+__all__ = [
+    "Adapter",
+    "AdapterFormatError",
+    "AdapterTensor",
+    "Handle",
+    "ResidentAdapters",
+    "ShiraConfig",
+    "attach",
+    "masks",
+]

@@ -1,0 +1,33 @@
+"""Names of tensors: those of the model's state dict, whatever wrappers are around the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_WRAPPERS = ("base_layer", "_orig_mod")  # PEFT's tuner layers, torch.compile
+
+
+def canonical(name: str) -> str:
+    """The name in the bare model, without what PEFT (prefix `base_model.model.`) and torch.compile add."""
+    bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return bare.removeprefix("base_model.model.")
+
+
+def first_names(model: nn.Module) -> dict[torch.Tensor, str]:
+    """The canonical name of each parameter; a tied one has its first."""
+    return {parameter: canonical(name) for name, parameter in model.named_parameters()}
+
+
+def resolve(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of that name, in any of its spellings. Raises ValueError if the model has none."""
+    wanted = canonical(name)
+    for candidate in (name, wanted):
+        try:
+            return model.get_parameter(candidate)
+        except AttributeError:
+            pass
+    for own, parameter in model.named_parameters(remove_duplicate=False):
+        if canonical(own) == wanted:
+            return parameter
+    raise ValueError(f"the model has no parameter {name!r}")

@@ -1,0 +1,645 @@
+"""attach: gradients, what changes, what comes back, and errors that leave the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import shira
+from shira.attach import tensor_seed
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().view(BITS[tensor.element_size()])
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
+
+
+def assert_state(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    now = state(model)
+    assert list(now) == list(expected)
+    for name in expected:
+        assert torch.equal(now[name], expected[name]), name
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def mlp(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8, bias=bias), nn.ReLU(inplace=True), nn.Linear(8, 5, bias=bias)).to(dtype)
+
+
+def tiny_llama(tied: bool = True) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def train(model: nn.Module, handle: shira.Handle, steps: int = 4, optimizer: type = torch.optim.AdamW) -> None:
+    stepper = optimizer(handle.parameters(), lr=0.05)
+    x = torch.randn(7, 6)
+    for _ in range(steps):
+        stepper.zero_grad()
+        model(x.to(next(model.parameters()).dtype)).float().square().mean().backward()
+        stepper.step()
+
+
+@pytest.mark.parametrize("shape", [(6,), (7, 6), (2, 3, 6), (0, 6), (2, 2, 2, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_the_gradient_is_the_dense_one_at_the_entries(shape: tuple[int, ...], bias: bool, needs_grad: bool) -> None:
+    dense = mlp(torch.float64, bias)
+    model = copy.deepcopy(dense)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=needs_grad)
+    expected_x = x.detach().clone().requires_grad_(needs_grad)
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", mask="rand", density=0.4))
+    y, expected = model(x), dense(expected_x)
+    assert torch.equal(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for layer, original in ((model[0], dense[0]), (model[2], dense[2])):
+        got = layer.shira_values.grad
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, original.weight.grad.view(-1)[layer.shira_indices], rtol=1e-12, atol=1e-14)
+        assert layer.weight.grad is None
+    if needs_grad:
+        torch.testing.assert_close(x.grad, expected_x.grad)
+    assert {name for name, _ in handle.named_parameters()} == {"0.shira_values", "2.shira_values"}
+
+
+def test_gradcheck() -> None:
+    layer = nn.Linear(4, 3).double()
+    shira.attach(nn.Sequential(layer), shira.ShiraConfig("all-linear", density=0.5))
+
+    def run(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        layer.shira_written.marker = None  # gradcheck changes values in place and hides it from their version
+        return torch.func.functional_call(layer, {"shira_values": values, "weight": layer.weight.clone()}, (x,))
+
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    values = layer.shira_values.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, values))
+
+
+def test_values_that_need_no_gradient_get_none() -> None:
+    model = mlp()
+    shira.attach(model, shira.ShiraConfig("all-linear", density=0.3))
+    model[0].shira_values.requires_grad_(False)
+    model(torch.randn(3, 6)).sum().backward()
+    assert model[0].shira_values.grad is None
+    assert model[2].shira_values.grad is not None
+    with torch.no_grad():
+        assert not model(torch.randn(3, 6)).requires_grad
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_only_the_entries_change_and_detach_gives_them_back(optimizer: type, dtype: torch.dtype) -> None:
+    model = mlp(dtype)
+    before = state(model)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", mask="rand", density=0.2))
+    assert all(p.dtype == torch.promote_types(dtype, torch.float32) for p in handle.parameters())
+    train(model, handle, optimizer=optimizer)
+    adapter = handle.adapter()
+    for name in ("0.weight", "2.weight"):
+        now = bits(model.get_parameter(name)).view(-1)
+        changed = (now != before[name].view(-1)).nonzero().view(-1)
+        assert changed.numel()
+        assert set(changed.tolist()) <= set(adapter[name].indices.tolist())
+        assert torch.equal(bits(adapter[name].values), now[adapter[name].indices.long()])
+    assert torch.equal(bits(model[0].bias), before["0.bias"])
+    handle.detach()
+    assert_state(model, before)
+    assert type(model[0]) is nn.Linear
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert "shira" not in repr(model).lower()
+    assert not any("shira" in name for name in vars(model[0]))
+
+
+def test_keep_leaves_the_tuned_weights() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.2))
+    train(model, handle)
+    adapter = handle.adapter()
+    x = torch.randn(3, 6)
+    expected = model(x).detach()
+    # A step whose result no forward has written yet.
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.mul_(1.0)
+    handle.detach(keep=True)
+    assert torch.equal(model(x), expected)
+    for name, part in adapter.items():
+        assert torch.equal(model.get_parameter(name).view(-1)[part.indices], part.values)
+
+
+READERS: dict[str, Callable[[nn.Module, shira.Handle], object]] = {
+    "adapter": lambda model, handle: handle.adapter(),
+    "state_dict": lambda model, handle: model.state_dict(),
+    "write_back": lambda model, handle: handle.write_back(),
+    "detach": lambda model, handle: handle.detach(keep=True),
+    "forward": lambda model, handle: model(torch.zeros(1, 6)),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS.keys())
+def test_the_last_step_reaches_the_weights(read: Callable[[nn.Module, shira.Handle], object]) -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.2))
+    train(model, handle)
+    indices, values = model[0].shira_indices, model[0].shira_values.detach().clone()
+    assert not torch.equal(model[0].weight.view(-1)[indices], values)
+    read(model, handle)
+    assert torch.equal(model[0].weight.view(-1)[indices], values)
+
+
+def test_detach_gives_nan_payloads_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    pattern = torch.arange(16, dtype=torch.int32) + 0x7F800001
+    with torch.no_grad():
+        model[0].weight.view(-1).view(torch.int32).copy_(pattern)
+    before = state(model)
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", mask="rand", density=1.0))
+    assert_state(nn.Sequential(copy.deepcopy(model[0])), {**before, **state(model)})
+    with torch.no_grad():
+        next(handle.parameters()).fill_(1.0)
+    handle.write_back()
+    assert (model[0].weight == 1).all()
+    handle.detach()
+    assert_state(model, before)
+
+
+def test_tiny_updates_of_bf16_weights_add_up() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False)).to(torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.25))
+    optimizer = torch.optim.SGD(handle.parameters(), lr=1e-4)
+    for _ in range(100):
+        optimizer.zero_grad()
+        model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    # Each step is 1e-4, far below bfloat16's 2^-8 under 1; a hundred of them are 0.01.
+    adapter = handle.adapter()["0.weight"]
+    assert adapter.dtype == torch.bfloat16
+    assert torch.equal(adapter.values, torch.full((4,), 0.99).to(torch.bfloat16))
+
+
+def test_autocast() -> None:
+    dense, x = mlp(), torch.randn(5, 6)
+    model = copy.deepcopy(dense)
+    shira.attach(model, shira.ShiraConfig("all-linear", mask="rand", density=0.5))
+    for net in (dense, model):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+    for i in (0, 2):
+        got, expected = model[i].shira_values.grad, dense[i].weight.grad.view(-1)[model[i].shira_indices]
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+
+def test_gradients_accumulate() -> None:
+    model, x = mlp(torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    model(x).square().sum().backward()
+    whole = [p.grad.clone() for p in handle.parameters()]
+    for parameter in handle.parameters():
+        parameter.grad = None
+    # Both forwards before both backwards: no write may come between.
+    losses = [model(part).square().sum() for part in x.chunk(2)]
+    for loss in losses:
+        loss.backward()
+    for parameter, expected in zip(handle.parameters(), whole, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_backwards_that_interleave_with_forwards_without_a_step() -> None:
+    model = mlp()
+    shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    x = torch.randn(4, 6, requires_grad=True)
+    first, second = model(x).sum(), model(x).sum()
+    first.backward()
+    model(x)  # as a pipeline does; the values are as they were, so the weight that `second` needs must not be written
+    second.backward()
+
+
+def test_checkpointing() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    for reentrant in (True, False):
+        plain = mlp()
+        model = copy.deepcopy(plain)
+        x = torch.randn(4, 6, requires_grad=True)
+        for net in (plain, model):
+            shira.attach(net, shira.ShiraConfig("all-linear", density=0.5))
+        plain(x).square().sum().backward()
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        assert torch.equal(plain[0].shira_values.grad, model[0].shira_values.grad)
+
+
+def test_optimizers_that_write_through_data_are_noticed() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    for _ in range(2):
+        model(torch.randn(4, 6)).square().sum().backward()
+        for parameter in handle.parameters():
+            parameter.data.add_(parameter.grad, alpha=-0.1)  # leaves the version counter as it is
+    model(torch.randn(4, 6))
+    assert torch.equal(model[0].weight.view(-1)[model[0].shira_indices], model[0].shira_values)
+
+
+def test_compiled() -> None:
+    losses = []
+    for wrap in (lambda net: net, lambda net: torch.compile(net, backend="aot_eager")):
+        torch.manual_seed(0)
+        model = mlp()
+        run = wrap(model)
+        handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+        optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+        x = torch.randn(4, 6)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = run(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:3] == pytest.approx(losses[3:])
+    assert losses[0] > losses[2]
+
+
+def test_a_deep_copy_is_independent() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle)  # the last step is not written yet
+    twin, twin_handle = copy.deepcopy((model, handle))
+    x = torch.randn(3, 6)
+    expected = model(x).detach()
+    assert torch.equal(twin(x), expected)
+    train(twin, twin_handle)
+    assert not torch.equal(twin(x), expected)
+    assert torch.equal(model(x), expected)
+    base = {id(m): state(m) for m in (model,)}
+    twin_handle.detach()
+    assert_state(model, base[id(model)])
+    handle.detach()
+    assert_state(twin, state(model))
+
+
+def test_training_resumes_from_a_state_dict() -> None:
+    model = mlp()
+    fresh = copy.deepcopy(model)
+    base = state(model)
+    config = shira.ShiraConfig("all-linear", density=0.5)
+    handle = shira.attach(model, config)
+    train(model, handle)
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert saved["0.shira_indices"].dtype == torch.int32
+    assert "0.shira_base" not in saved
+    for assign in (False, True):
+        again = copy.deepcopy(fresh)
+        resumed = shira.attach(again, config)
+        again.load_state_dict(saved, assign=assign)
+        x = torch.randn(3, 6)
+        assert torch.equal(again(x), model(x))
+        assert torch.equal(resumed.adapter()["0.weight"].values, handle.adapter()["0.weight"].values)
+        resumed.detach()
+        assert_state(again, base)
+
+
+def test_a_base_that_is_loaded_under_the_values_is_overwritten_again() -> None:
+    model = mlp()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle)
+    x = torch.randn(3, 6)
+    expected = model(x).detach()
+    model.load_state_dict(base, strict=False)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_state_dict_with_other_entries_is_refused() -> None:
+    model, other = mlp(), mlp()
+    shira.attach(model, shira.ShiraConfig("all-linear", mask="rand", density=0.5))
+    shira.attach(other, shira.ShiraConfig("all-linear", mask="rand", density=0.5, seed=1))
+    before = model[0].shira_values.detach().clone()
+    with pytest.raises(RuntimeError, match="other entries"):
+        model.load_state_dict(other.state_dict())
+    assert torch.equal(model[0].shira_values, before)
+
+
+def test_casting_the_model_leaves_values_and_indices() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle)
+    values = model[0].shira_values.detach().clone()
+    model.to(torch.bfloat16)
+    assert model[0].shira_indices.dtype == torch.int32
+    assert torch.equal(model[0].shira_values, values)
+    assert model(torch.zeros(1, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert torch.equal(handle.adapter()["0.weight"].values, values.to(torch.bfloat16))
+    model.float()
+    assert torch.equal(handle.adapter()["0.weight"].values, values)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.second = nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(F.relu(self.first(x)))
+
+
+def test_layers_that_share_a_weight_share_the_values() -> None:
+    dense = Tied().double()
+    model = copy.deepcopy(dense)
+    before = state(model)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    handle = shira.attach(model, shira.ShiraConfig(["first", "second"], density=0.4))
+    assert [name for name, _ in handle.named_parameters()] == ["first.shira_values"]
+    assert model.first.shira_values is model.second.shira_values
+    for net in (dense, model):
+        net(x).square().sum().backward()
+    expected = dense.first.weight.grad.view(-1)[model.first.shira_indices]
+    torch.testing.assert_close(model.first.shira_values.grad, expected)
+    torch.optim.SGD(handle.parameters(), lr=0.1).step()
+    copy.deepcopy(model)(x)
+    assert list(handle.adapter()) == ["first.weight"]
+    handle.detach()
+    assert_state(model, before)
+    assert model.first.weight is model.second.weight
+
+
+def test_an_adapter_goes_on_training() -> None:
+    model = mlp()
+    base = state(model)
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle)
+    adapter = handle.adapter()
+    x = torch.randn(3, 6)
+    expected = model(x).detach()
+    handle.detach()
+    again = shira.attach(model, adapter)
+    assert torch.equal(model(x), expected)
+    assert again.adapter().config == adapter.config
+    assert again.adapter()["0.weight"].checksum == adapter["0.weight"].checksum
+    train(model, again)
+    assert not torch.equal(model(x), expected)
+    assert torch.equal(adapter["0.weight"].indices, again.adapter()["0.weight"].indices)
+    again.detach()
+    assert_state(model, base)
+
+
+def test_an_additive_adapter_without_checksum_warns() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    weight = model[0].weight.detach().clone()
+    delta = shira.AdapterTensor(torch.tensor([2, 7]), torch.tensor([1.0, -1.0]), (3, 3), torch.float32, "add")
+    with pytest.warns(UserWarning, match="no checksum"):
+        handle = shira.attach(model, shira.Adapter({"0.weight": delta}))
+    weight.view(-1)[[2, 7]] += delta.values
+    assert torch.equal(model[0].weight, weight)
+    assert handle.adapter()["0.weight"].kind == "replace"
+
+
+def test_the_adapter_is_a_copy() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    adapter = handle.adapter()
+    indices = model[0].shira_indices.clone()
+    adapter["0.weight"].values.zero_()
+    adapter["0.weight"].indices.zero_()
+    assert torch.equal(model[0].shira_indices, indices)
+    assert model[0].weight.view(-1)[indices].ne(0).all()
+
+
+def test_modules_to_save_stay_trainable() -> None:
+    model = mlp()
+    model.requires_grad_(False)
+    handle = shira.attach(model, shira.ShiraConfig(["0"], density=0.5, modules_to_save=["2"]))
+    assert [name for name, _ in handle.named_parameters()] == ["0.shira_values", "2.weight", "2.bias"]
+    assert all(parameter.requires_grad for parameter in handle.parameters())
+    assert not model[0].bias.requires_grad
+    before = model[2].weight.detach().clone()
+    train(model, handle)
+    assert not torch.equal(model[2].weight, before)
+    handle.detach()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_equal_layers_get_other_random_masks() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    shira.attach(model, shira.ShiraConfig("all-linear", mask="rand", density=0.3, seed=5))
+    assert model[0].shira_indices.tolist() != model[1].shira_indices.tolist()
+    expected = shira.masks.rand(model[1].weight, 0.3, seed=tensor_seed(5, "1.weight"))
+    assert torch.equal(model[1].shira_indices, expected)
+
+
+class Renamed(nn.Linear):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(tokens)
+
+
+def test_a_subclass_keeps_its_class_and_forward() -> None:
+    model = nn.Sequential(Renamed(4, 3))
+    x = torch.randn(2, 4)
+    expected = model(x).detach()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    assert isinstance(model[0], Renamed)
+    assert torch.equal(model(x), expected)
+    handle.detach()
+    assert type(model[0]) is Renamed
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama_all_linear(tied: bool) -> None:
+    model = tiny_llama(tied)
+    base = state(model)
+    ids = torch.randint(0, 40, (2, 10))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.1))
+    assert len(handle.adapter()) == 14
+    assert "lm_head.weight" not in handle.adapter()
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=0.02)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    handle.detach()
+    assert_state(model, base)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        (["q_proj"], 2),
+        (["layers.1.self_attn.q_proj"], 1),
+        ([r".*q_proj"], 0),
+        (r".*\.[qv]_proj", 4),
+        (r"q_proj", 0),
+    ],
+)
+def test_target_modules(target_modules: str | list[str], expected: int) -> None:
+    model = tiny_llama()
+    config = shira.ShiraConfig(target_modules, density=0.1)
+    if not expected:
+        with pytest.raises(ValueError, match="matches no module"):
+            shira.attach(model, config)
+        return
+    assert len(shira.attach(model, config).adapter()) == expected
+
+
+def test_peft_names_are_those_of_the_bare_model() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = tiny_llama()
+    handle = shira.attach(model, shira.ShiraConfig(["q_proj"], mask="rand", density=0.1))
+    adapter = handle.adapter()
+    handle.detach()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj", "q_proj"]))
+    config = shira.ShiraConfig(r"model\.layers\.\d\.self_attn\.q_proj", mask="rand", density=0.1)
+    for what in (config, adapter):
+        handle = shira.attach(wrapped, what)
+        again = handle.adapter()
+        handle.detach()
+        assert list(again) == list(adapter)
+        for name in adapter:
+            assert torch.equal(again[name].indices, adapter[name].indices)
+            assert torch.equal(again[name].values, adapter[name].values)
+
+
+def test_a_parent_with_an_nn_multihead_attention() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    assert set(shira.attach(model, shira.ShiraConfig("all-linear", density=0.1)).adapter()) == {
+        "linear1.weight",
+        "linear2.weight",
+    }
+
+
+class TwoArguments(nn.Linear):
+    def forward(self, input: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return super().forward(input) * scale
+
+
+def with_adapter(**changes: object) -> Callable[[nn.Module], shira.Adapter]:
+    def make(model: nn.Module) -> shira.Adapter:
+        name = str(changes.get("name", "2.weight"))
+        weight = model.get_submodule("2").weight
+        part = shira.AdapterTensor(
+            torch.tensor([1, 3]),
+            torch.zeros(2, dtype=changes.get("dtype", weight.dtype)),
+            changes.get("shape", tuple(weight.shape)),
+            changes.get("dtype", weight.dtype),
+            checksum=changes.get("checksum", shira.adapter.checksum_of(weight.detach().reshape(-1)[[1, 3]])),
+        )
+        return shira.Adapter({name: part})
+
+    return make
+
+
+def config(*arguments: object, **fields: object) -> Callable[[nn.Module], shira.ShiraConfig]:
+    return lambda model: shira.ShiraConfig(*arguments, **fields)
+
+
+def bad_models() -> Iterator[tuple[str, nn.Module, Callable, str]]:
+    yield "not a config", mlp(), lambda model: {"target_modules": "all-linear"}, "ShiraConfig or an Adapter"
+    yield "no match", mlp(), config(["nope"]), "matches no module"
+    yield "another module", mlp(), config(["0", "1"]), "1: only nn.Linear"
+    yield "k too large", mlp(), config("all-linear", k=45), r"2\.weight: k must"
+    yield "nothing to save", mlp(), config(["0"], modules_to_save=["x"]), "modules_to_save: 'x'"
+    yield "target saved", mlp(), config("all-linear", modules_to_save=["2"]), "modules_to_save: '2'"
+    yield "no such tensor", mlp(), with_adapter(name="3.weight"), "no parameter '3.weight'"
+    yield "not a linear's", nn.Sequential(nn.Embedding(5, 8), nn.ReLU(), nn.Embedding(5, 8)), with_adapter(), "2: only"
+    yield "shape", mlp(), with_adapter(shape=(8, 5)), r"2\.weight: the adapter's shape"
+    yield "dtype", mlp(), with_adapter(dtype=torch.float64), r"2\.weight: the adapter's dtype"
+    yield "another base", mlp(), with_adapter(checksum="0" * 32), "another base"
+    yield "empty adapter", mlp(), lambda model: shira.Adapter({}), "no tensors"
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    yield "nan", model, config("all-linear"), r"2\.weight: .*NaN"
+    model = mlp()
+    model[2] = nn.Linear(8, 5, device="meta")
+    yield "meta", model, config("all-linear"), "meta"
+    model = mlp()
+    model[2] = nn.LazyLinear(5)
+    yield "lazy", model, config("all-linear"), "not initialized"
+    model = mlp()
+    model[2].weight = nn.Parameter(torch.randn(8, 5).t())
+    yield "strides", model, config("all-linear"), "contiguous"
+    yield "strides of an adapter's", model, with_adapter(), "contiguous"
+    model = mlp()
+    model[2] = TwoArguments(8, 5)
+    yield "another forward", model, config("all-linear"), "TwoArguments must take one tensor"
+    model = mlp()
+    nn.utils.parametrize.register_parametrization(model[2], "weight", nn.Identity())
+    yield "parametrized", model, config(["0", "2"]), "plain parameter"
+    yield "half of a tie", Tied(), config(["first"]), "'second'"
+    yield "tied embedding", tiny_llama(), config(["lm_head", "q_proj"]), "embed_tokens"
+    yield "attention", nn.TransformerEncoderLayer(8, 2, 16), config(["out_proj"]), "never calls"
+
+
+@pytest.mark.parametrize(("model", "what", "message"), [pytest.param(*case[1:], id=case[0]) for case in bad_models()])
+def test_an_error_leaves_the_model_untouched(model: nn.Module, what: Callable, message: str) -> None:
+    def snapshot() -> list:
+        modules = [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()]
+        return [modules, [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()]]
+
+    argument = what(model)
+    before = snapshot()
+    with pytest.raises(ValueError, match=message):
+        shira.attach(model, argument)
+    assert snapshot() == before
+
+
+def test_attach_twice_and_use_after_detach() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig(["0"], density=0.1))
+    before = state(model)
+    with pytest.raises(RuntimeError, match="attached already"):
+        shira.attach(model, shira.ShiraConfig(["2"], density=0.1))
+    assert_state(model, before)
+    handle.detach()
+    for use in (handle.detach, handle.adapter, handle.write_back, lambda: list(handle.parameters())):
+        with pytest.raises(RuntimeError, match="detached"):
+            use()
+    shira.attach(model, shira.ShiraConfig(["2"], density=0.1)).detach()
+
+
+def test_a_checkpoint_of_values_can_be_written() -> None:
+    model = mlp()
+    shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    model.load_state_dict(torch.load(buffer, weights_only=True))

@@ -1,0 +1,467 @@
+"""ResidentAdapters: after any sequence the weights hold exactly what they should, and the base comes back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import shira
+from shira import resident
+from shira.adapter import checksum_of
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = {
+    "a.weight": torch.float32,
+    "b.weight": torch.bfloat16,
+    "c.weight": torch.float32,
+    "d.weight": torch.float64,
+    "e.weight": torch.bfloat16,
+}
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -2.5, 1e30, 3e-39]
+
+
+class Model(nn.Module):
+    """Weights of several dtypes, one of them under two names, full of values that do not survive arithmetic."""
+
+    def __init__(self, special: bool = True) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, dtype in DTYPES.items():
+            layer = nn.Linear(5, 4, bias=False, dtype=dtype)
+            values = torch.randn(20, generator=generator, dtype=torch.float64)
+            if special:
+                values[: len(SPECIAL)] = torch.tensor(SPECIAL, dtype=torch.float64)
+            with torch.no_grad():
+                layer.weight.copy_(values.view(4, 5))
+            self.add_module(name.removesuffix(".weight"), layer)
+        self.tied = nn.Linear(5, 4, bias=False)
+        self.tied.weight = self.get_parameter("a.weight")
+        if special:  # a NaN with a payload
+            with torch.no_grad():
+                self.get_parameter("a.weight").view(-1).view(torch.int32)[4] = 0x7FA12345
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone().view(BITS[p.element_size()]) for n, p in model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def entries(model: nn.Module, name: str, indices: torch.Tensor) -> torch.Tensor:
+    return model.get_parameter(name).detach().view(-1)[indices.long()]
+
+
+def make(model: nn.Module, seed: int, kind: str = "replace", names: tuple[str, ...] = tuple(DTYPES)) -> shira.Adapter:
+    """An adapter of random entries for a model that holds its base."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for i, name in enumerate(names):
+        dtype = model.get_parameter(name).dtype
+        nnz = int(torch.randint(0, 20, (1,), generator=generator))
+        indices = torch.randperm(20, generator=generator)[:nnz].sort().values
+        values = torch.randn(nnz, generator=generator, dtype=torch.float64).to(dtype)
+        if kind == "replace" and nnz:
+            values[0] = SPECIAL[seed % len(SPECIAL)]
+        if kind == "add" and name == "b.weight":
+            values = values.float()
+        indices = indices.int() if i % 2 else indices
+        checksum = checksum_of(entries(model, name, indices))
+        tensors[name] = shira.AdapterTensor(indices, values, (4, 5), dtype, kind, checksum)
+    return shira.Adapter(tensors)
+
+
+def expected(base: nn.Module, adapters: dict[str, shira.Adapter], target: dict[str, float]) -> dict[str, torch.Tensor]:
+    """The weights with a mix, from its definition."""
+    model = Model()
+    model.load_state_dict(base.state_dict())
+    for name in DTYPES:
+        weight = model.get_parameter(name).detach()
+        compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        old = weight.view(-1).to(compute)
+        if len(target) == 1:
+            [(key, strength)] = target.items()
+            part = adapters[key].get(name)
+            if part is not None:
+                index, values = part.indices.long(), part.values.to(compute)
+                if part.kind == "replace" and strength == 1.0:
+                    weight.view(-1)[index] = part.values
+                elif part.kind == "replace":
+                    weight.view(-1)[index] = (old[index] + (values - old[index]) * strength).to(weight.dtype)
+                else:
+                    weight.view(-1)[index] = (old[index] + values * strength).to(weight.dtype)
+            continue
+        delta, touched = torch.zeros_like(old), torch.zeros(20, dtype=torch.bool)
+        for key, strength in target.items():
+            part = adapters[key].get(name)
+            if part is not None:
+                index, values = part.indices.long(), part.values.to(compute)
+                delta[index] += strength * (values if part.kind == "add" else values - old[index])
+                touched[index] = True
+        weight.view(-1)[touched] = (old + delta)[touched].to(weight.dtype)
+    return snapshot(model)
+
+
+def test_the_expectation_is_not_the_base() -> None:
+    base = Model()
+    adapters = {"x": make(base, 1), "y": make(base, 2)}
+    for target in ({"x": 1.0}, {"x": 0.5}, {"x": 1.0, "y": 1.0}):
+        assert not same(expected(base, adapters, target), snapshot(base))
+
+
+keys = st.sampled_from(["x", "y", "z", "x", "y", "z", "unknown"])
+strengths = st.sampled_from([1.0, 0.5, -1.0, 0.0, 0.3, 2])
+targets = st.one_of(st.none(), keys, st.dictionaries(keys, strengths, min_size=1, max_size=3))
+steps = st.one_of(
+    st.tuples(st.just("switch"), targets),
+    st.tuples(st.just("using"), targets),
+    st.tuples(st.just("fail"), targets),
+    st.tuples(st.just("add"), keys),
+    st.tuples(st.just("remove"), keys),
+)
+
+
+@given(st.booleans(), st.booleans(), st.lists(steps, max_size=12))
+@settings(deadline=None, max_examples=80)
+def test_any_sequence(special: bool, filled: bool, sequence: list[tuple[str, Any]]) -> None:
+    model, base = Model(special), Model(special)
+    adapters = {
+        "x": make(base, 1),
+        "y": make(base, 2, "add", ("e.weight", "b.weight", "a.weight")),
+        # Both kinds, also for one dtype.
+        "z": shira.Adapter({**make(base, 3, names=("c.weight", "b.weight")), **make(base, 4, "add", ("a.weight",))}),
+    }
+    bank = shira.ResidentAdapters(model)
+    present: dict[str, shira.Adapter] = {}
+    if filled:
+        for name, adapter in adapters.items():
+            bank.add(name, adapter)
+        present.update(adapters)
+    current: dict[str, float] = {}
+    addresses = [p.data_ptr() for p in model.parameters()]
+
+    def strengths_of(target: Any) -> dict[str, float]:
+        return {} if target is None else {target: 1.0} if isinstance(target, str) else dict(target)
+
+    def check() -> None:
+        want = expected(base, present, current) if current else snapshot(base)
+        assert same(snapshot(model), want)
+        assert strengths_of(bank.active) == current
+        assert bank.names == list(present)
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+
+    for action, argument in sequence:
+        wanted = {} if action in ("add", "remove") else strengths_of(argument)
+        if action == "add":
+            if argument in present or argument == "unknown":
+                with pytest.raises((ValueError, KeyError)):
+                    bank.add(argument, adapters[argument])
+            else:
+                bank.add(argument, adapters[argument])
+                present[argument] = adapters[argument]
+        elif action == "remove":
+            if argument not in present or argument in current:
+                with pytest.raises(ValueError, match=argument):
+                    bank.remove(argument)
+            else:
+                bank.remove(argument)
+                del present[argument]
+        elif not set(wanted) <= set(present):
+            with pytest.raises(ValueError, match="there is no adapter"):
+                bank.switch(argument)
+        elif action == "switch":
+            bank.switch(argument)
+            current = wanted
+        elif action == "using":
+            outer = current
+            with bank.using(argument):
+                current = wanted
+                check()
+            current = outer
+        else:
+            current = failing_switch(bank, argument, current, fail_at=len(wanted) + 1)
+        check()
+        bank.verify_base()
+    bank.switch(None)
+    current = {}
+    check()
+
+
+def failing_switch(
+    bank: shira.ResidentAdapters, target: Any, before: dict[str, float], fail_at: int
+) -> dict[str, float]:
+    """Switches with the `fail_at`-th write failing; gives back what must be active then."""
+    calls = 0
+    real = resident.scatter_apply_batched
+
+    def fail_once(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fail_at:
+            raise RuntimeError("the device is gone")
+        real(*arguments)
+
+    resident.scatter_apply_batched = fail_once
+    try:
+        bank.switch(target)
+    except RuntimeError:
+        return {}
+    finally:
+        resident.scatter_apply_batched = real
+    return {} if target is None else {target: 1.0} if isinstance(target, str) else dict(target)
+
+
+def test_a_write_that_fails_gives_the_base_back() -> None:
+    model = Model()
+    base = snapshot(model)
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", make(model, 1))
+    bank.add("y", make(model, 2))
+    for fail_at in range(1, 7):  # three dtypes are taken out, then three are written
+        bank.switch("x")
+        assert failing_switch(bank, "y", {}, fail_at) == {}
+        assert bank.active is None
+        assert same(snapshot(model), base)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_adding_is_right_whatever_is_active(force: bool) -> None:
+    model = Model()
+    x, y = make(model, 1), make(model, 2)
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", x)
+    bank.switch("x")
+    now = snapshot(model)
+    bank.add("y", y, force=force)
+    assert same(snapshot(model), now)
+    bank.switch({"x": 0.5, "y": 0.25})
+    bank.verify_base()
+    bank.add("y again", y)
+
+
+def test_one_call_for_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.3))
+    adapter = handle.adapter()
+    handle.detach()
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", adapter)
+    calls = []
+    real = resident.scatter_apply_batched
+    monkeypatch.setattr(resident, "scatter_apply_batched", lambda *a: (calls.append(len(a[0])), real(*a)))
+    bank.switch("x")
+    assert calls == [5]
+    bank.switch({"x": 0.5})
+    assert calls == [5, 5, 5]
+
+
+def test_a_mix_is_rounded_once() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    bank = shira.ResidentAdapters(model)
+    for name, value in (("x", 2**-8), ("y", 2**-20)):
+        delta = shira.AdapterTensor(torch.tensor([0]), torch.tensor([value]), (1, 1), torch.bfloat16, "add")
+        with pytest.warns(UserWarning, match="no checksum"):
+            bank.add(name, shira.Adapter({"0.weight": delta}))
+    # Above 1 bfloat16 has steps of 2^-7. Half of one is lost; a little more is not, unless it was rounded before.
+    bank.switch("x")
+    assert model[0].weight.item() == 1.0
+    bank.switch({"x": 1.0, "y": 1.0})
+    assert model[0].weight.item() == 1.0078125
+
+
+def test_a_tied_weight_is_one_tensor_under_any_name() -> None:
+    model = Model()
+    bank = shira.ResidentAdapters(model)
+    part = make(model, 1)["a.weight"]
+    bank.add("x", shira.Adapter({"tied.weight": part}))
+    bank.switch("x")
+    assert torch.equal(entries(model, "a.weight", part.indices).view(torch.int32), part.values.view(torch.int32))
+    with pytest.raises(ValueError, match=r"'a\.weight' twice"):
+        bank.add("y", shira.Adapter({"a.weight": part, "tied.weight": part}))
+
+
+def test_files_and_the_real_thing(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
+    ids = torch.randint(0, 40, (2, 10))
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    plain, tuned = logits(), {}
+    for name in ("blue", "paint"):
+        handle = shira.attach(model, shira.ShiraConfig("all-linear", mask="rand", density=0.1, seed=len(tuned)))
+        optimizer = torch.optim.AdamW(handle.parameters(), lr=0.02)
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        tuned[name] = logits()
+        handle.adapter().save(tmp_path / f"{name}.safetensors")
+        handle.detach()
+    bank = shira.ResidentAdapters(model)
+    for name in tuned:
+        bank.add(name, tmp_path / f"{name}.safetensors")
+    for name in ("blue", "paint", "blue"):
+        bank.switch(name)
+        assert torch.equal(logits(), tuned[name])
+    with bank.using("paint"):
+        assert torch.equal(logits(), tuned["paint"])
+    assert bank.active == "blue"
+    bank.switch(None)
+    assert torch.equal(logits(), plain)
+
+
+def test_peft_prefixes_are_understood() -> None:
+    model = Model()
+    wrapped = nn.Module()
+    wrapped.base_model = nn.Module()
+    wrapped.base_model.model = nn.Module()
+    wrapped.base_model.model.a = nn.Module()
+    wrapped.base_model.model.a.base_layer = model.a
+    part = make(model, 1)["a.weight"]
+    for target, name in ((model, "base_model.model.a.weight"), (wrapped, "a.weight"), (wrapped, "a.base_layer.weight")):
+        bank = shira.ResidentAdapters(target)
+        bank.add("x", shira.Adapter({name: part}))
+        with bank.using("x"):
+            assert torch.equal(
+                entries(model, "a.weight", part.indices).view(torch.int32), part.values.view(torch.int32)
+            )
+
+
+def changed(part: shira.AdapterTensor, **fields: Any) -> shira.AdapterTensor:
+    return shira.AdapterTensor(**{**vars(part), **fields})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("f.weight", lambda p: p, r"no parameter 'f\.weight'"),
+        ("a.weight", lambda p: changed(p, shape=(5, 4)), r"a\.weight: the adapter's shape"),
+        ("b.weight", lambda p: p, r"b\.weight: the adapter's dtype"),
+        ("a.weight", lambda p: changed(p, checksum="0" * 32), r"a\.weight: .*another base"),
+        ("c.weight", lambda p: p, r"c\.weight: .*another base"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    name: str, change: Callable[[shira.AdapterTensor], shira.AdapterTensor], message: str
+) -> None:
+    model = Model()
+    before = snapshot(model)
+    bank = shira.ResidentAdapters(model)
+    wrong = shira.Adapter({"d.weight": make(model, 1)["d.weight"], name: change(make(model, 1)["a.weight"])})
+    with pytest.raises(ValueError, match=message):
+        bank.add("x", wrong)
+    assert bank.names == []
+    assert same(snapshot(model), before)
+    if "another base" in message:
+        bank.add("x", wrong, force=True)
+        bank.switch("x")
+        bank.verify_base()
+        bank.switch(None)
+        assert same(snapshot(model), before)
+    else:
+        with pytest.raises(ValueError, match=message):
+            bank.add("x", wrong, force=True)
+
+
+def test_weights_that_cannot_be_written_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(5, 4, bias=False))
+    part = shira.AdapterTensor(torch.tensor([0]), torch.zeros(1), (4, 5), torch.float32)
+    for weight, message in ((torch.randn(5, 4).t(), "contiguous"), (torch.empty(4, 5, device="meta"), "meta")):
+        model[0].weight = nn.Parameter(weight)
+        with pytest.raises(ValueError, match=message):
+            shira.ResidentAdapters(model).add("x", shira.Adapter({"0.weight": part}))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nope", "no adapter named 'nope'; there are \\['x'\\]"),
+        ({"x": 1.0, "nope": 1.0}, "nope"),
+        ({}, "at least one"),
+        ({"x": math.nan}, "finite"),
+        ({"x": math.inf}, "finite"),
+        ({"x": "1"}, "finite"),
+    ],
+)
+def test_bad_targets_change_nothing(target: Any, message: str) -> None:
+    model = Model()
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", make(model, 1))
+    bank.switch({"x": 0.5})
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        bank.switch(target)
+    with pytest.raises(ValueError, match=message), bank.using(target):
+        pass
+    assert same(snapshot(model), before)
+    assert bank.active == {"x": 0.5}
+
+
+def test_using_restores_after_an_error_and_pins_what_it_returns_to() -> None:
+    model = Model()
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", make(model, 1))
+    bank.add("y", make(model, 2))
+    bank.switch("x")
+    before = snapshot(model)
+    with bank.using("y"), bank.using(None):
+        for name in ("x", "y"):
+            with pytest.raises(ValueError, match="in use"):
+                bank.remove(name)
+    assert bank.active == "x"
+
+    def fail() -> None:
+        with bank.using("y"), bank.using(None):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert bank.active == "x"
+    assert same(snapshot(model), before)
+
+
+def test_verify_base_notices_a_changed_base_even_under_an_adapter() -> None:
+    model = Model()
+    adapter = make(model, 1)
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", adapter)
+    with torch.no_grad():
+        model.get_parameter("c.weight").view(-1)[adapter["c.weight"].indices[0]] += 1
+    with pytest.raises(ValueError, match=r"x: c\.weight"):
+        bank.verify_base()
+    bank.switch("x")
+    with pytest.raises(ValueError, match=r"x: c\.weight"):
+        bank.verify_base()
+
+
+def test_a_bad_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"nothing")
+    bank = shira.ResidentAdapters(Model())
+    with pytest.raises(shira.AdapterFormatError, match=r"x\.safetensors"):
+        bank.add("x", path)
+    assert bank.names == []
