@@ -152,10 +152,14 @@ def check_switch(sides: dict[str, Side], replacing: list[str], slot: Slot) -> No
     assert not torch.equal(fused, slot.weights[0])
 
 
+@pytest.mark.parametrize("rotation", [None, 6], ids=["cold", "six"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_switch(compare: Callable[..., None], place: Place, dtype: str) -> None:
-    """One weight at 2 %: against torch's scatters and against fusing LoRA in the two usual ways."""
-    slots = make_rotation([SHAPE], getattr(torch, dtype), place.device, density=0.02, rank=RANK)
+def test_switch(compare: Callable[..., None], place: Place, dtype: str, rotation: int | None) -> None:
+    """One weight at 2 %: against torch's scatters and against fusing LoRA in the two usual ways.
+
+    Six weights in rotation are what a large last cache keeps for a sparse write, but not for a dense one.
+    """
+    slots = make_rotation([SHAPE], getattr(torch, dtype), place.device, density=0.02, rank=RANK, slots=rotation)
     slot = slots[0]
     ours = Side(apply, sparse_bytes(slot, slot.indices))
     forced = forced_backends(place, "scatter_apply", apply, ours.bytes_moved)
@@ -176,7 +180,7 @@ def test_switch(compare: Callable[..., None], place: Place, dtype: str) -> None:
         slots=slots,
         check=lambda: check_switch(sides, ["scatter_apply", *forced, "scatter_"], slot),
         place=place,
-        group="Switch one weight (4096 x 4096, 2 %, cold)",
+        group=f"Switch one weight (4096 x 4096, 2 %, {'six weights in rotation' if rotation else 'cold'})",
         label=f"{place}, {dtype}",
         info=facts(slots, dtype, 0.02),
     )
@@ -208,7 +212,7 @@ def test_density(compare: Callable[..., None], place: Place, dtype: str, density
 def test_small_call(compare: Callable[..., None], place: Place, grad_mode: Callable[[], Any]) -> None:
     """1000 entries of a warm weight: what a call costs, autograd's bookkeeping included."""
     numel = 1024 * 1024
-    slots = make_rotation([(1024, 1024)], torch.float32, place.device, density=1000 / numel, warm=True)
+    slots = make_rotation([(1024, 1024)], torch.float32, place.device, density=1000 / numel, slots=1)
     slot = slots[0]
     ours = Side(apply, sparse_bytes(slot, slot.indices), grad_mode)
     sides = {"scatter_apply": ours, "index_copy_": Side(index_copy, sparse_bytes(slot, slot.indices64), grad_mode)}

@@ -56,17 +56,16 @@ def make_rotation(
     *,
     density: float,
     rank: int = 0,
-    warm: bool = False,
+    slots: int | None = None,
 ) -> list[Slot]:
-    """Slots of weights of `shapes`, `density` of each weight listed. One slot if `warm`, else as many as cold needs."""
+    """Slots of weights of `shapes`, `density` of each weight listed: as many as given (1 is warm), or as cold needs."""
     generator = torch.Generator().manual_seed(0)
     first = _make_slot(shapes, dtype, device, density, rank, generator)
-    if warm:
-        return [first]
-    # Counted in touched lines: what a sparse write leaves untouched evicts nothing.
-    touched = touched_bytes(first) + (first.indices.nbytes + first.values.nbytes)
-    count = 1 + math.ceil(CACHE_TURNS * cache_bytes(device) / touched)
-    return [first] + [_make_slot(shapes, dtype, device, density, rank, generator) for _ in range(count - 1)]
+    if slots is None:
+        # Counted in touched lines: what a sparse write leaves untouched evicts nothing.
+        touched = touched_bytes(first) + (first.indices.nbytes + first.values.nbytes)
+        slots = 1 + math.ceil(CACHE_TURNS * cache_bytes(device) / touched)
+    return [first] + [_make_slot(shapes, dtype, device, density, rank, generator) for _ in range(slots - 1)]
 
 
 def _make_slot(

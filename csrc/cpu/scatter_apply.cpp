@@ -110,7 +110,7 @@ void scatter_apply_cpu(const ScatterCall& call) {
     lists.parts.push_back({static_cast<char*>(part.weight.data_ptr()), part.begin, part.end});
   check_contents(call, lists, kernels);
 
-  bump_versions(call);
+  announce_writes(call);
   count_call(kernels);
   const ScatterApply apply = kernels.scatter_apply(call.form);
   over_threads(nnz, [&](int64_t chunk, int64_t chunks) {

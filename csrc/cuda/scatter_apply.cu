@@ -143,7 +143,7 @@ void scatter_apply_cuda(const ScatterCall& call) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.indices.get_device_index(), &stream));
   if (check_indices_first) check_contents(call, static_cast<cudaStream_t>(stream));
-  bump_versions(call);
+  announce_writes(call);
   calls.fetch_add(1, std::memory_order_relaxed);
   launch_form(call, static_cast<cudaStream_t>(stream));
 }

@@ -19,6 +19,11 @@ StableIValue call(const char* op, std::array<StableIValue, N> stack) {
   return stack[0];
 }
 
+bool is_leaf(const Tensor& tensor) { return to<bool>(call<1>("aten::is_leaf", {from(tensor)})); }
+
+// In grad mode. The stable ABI does not tell, but an alias is a leaf exactly if its source does not require grad.
+bool requires_grad(const Tensor& tensor) { return !is_leaf(to<Tensor>(call<1>("aten::alias", {from(tensor)}))); }
+
 std::string shape_of(const Tensor& tensor) {
   std::string text = "(";
   for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
@@ -141,19 +146,22 @@ void check_overlap(const char* op, const std::vector<Argument>& written, const s
   }
 }
 
-void refuse_grad(const char* op, const std::vector<Argument>& tensors) {
-  if (!aoti_torch_grad_mode_is_enabled()) return;
-  for (const Argument& argument : tensors) {
-    // The stable ABI has no requires_grad; an alias made in grad mode is a leaf exactly if it does not require grad.
-    const auto alias = to<Tensor>(call<1>("aten::alias", {from(argument.tensor)}));
-    if (!to<bool>(call<1>("aten::is_leaf", {from(alias)})))
-      fail(op, argument.name, "requires grad: call this op under torch.no_grad()");
-  }
+void refuse_grad(const char* op, const Argument& argument) {
+  if (aoti_torch_grad_mode_is_enabled() && requires_grad(argument.tensor))
+    fail(op, argument.name, "requires grad: call this op under torch.no_grad()");
 }
 
-void bump_version(const Tensor& tensor) {
-  // Swapping dimension 0 with itself changes nothing; as an in-place op it does autograd's bookkeeping.
-  to<Tensor>(call<3>("aten::transpose_", {from(tensor), from(int64_t{0}), from(int64_t{0})}));
+void announce_write(const char* op, const Argument& argument) {
+  // Swapping dimension 0 with itself changes nothing; as an in-place op it does autograd's bookkeeping. In grad mode it
+  // refuses a leaf that requires grad, and would make our write a part of the history of any other tensor that does.
+  const bool grad_mode = aoti_torch_grad_mode_is_enabled();
+  if (grad_mode && !is_leaf(argument.tensor)) refuse_grad(op, argument);
+  try {
+    to<Tensor>(call<3>("aten::transpose_", {from(argument.tensor), from(int64_t{0}), from(int64_t{0})}));
+  } catch (const std::exception&) {
+    refuse_grad(op, argument);
+    throw;
+  }
 }
 
 }  // namespace shira

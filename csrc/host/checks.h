@@ -42,10 +42,11 @@ void check_borders(const char* op, const int64_t* borders, int64_t weights, int6
 // No tensor of `written` shares memory with any other of either list. All are contiguous.
 void check_overlap(const char* op, const std::vector<Argument>& written, const std::vector<Argument>& read);
 
-// Outside no_grad, no tensor requires grad.
-void refuse_grad(const char* op, const std::vector<Argument>& tensors);
+// Outside no_grad, the tensor does not require grad.
+void refuse_grad(const char* op, const Argument& argument);
 
-// Tells autograd that the tensor's data is about to change: its version counter rises.
-void bump_version(const Tensor& tensor);
+// Tells autograd that the tensor's data is about to change: its version counter rises. Refuses it as refuse_grad does,
+// at half the cost.
+void announce_write(const char* op, const Argument& argument);
 
 }  // namespace shira

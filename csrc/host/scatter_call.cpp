@@ -41,8 +41,7 @@ ScatterCall check_scatter(const char* op, std::vector<ScatterPart> parts, const 
       fail(op, "saved", "must be " + dtype_name(dtype) + " like the weight, got " + dtype_name(dtype_of(*saved)));
   }
   if (saved) written.push_back({"saved", *saved});
-  refuse_grad(op, written);
-  refuse_grad(op, {{"values", values}});
+  refuse_grad(op, {"values", values});
   check_overlap(op, written, read);
   return {op, std::move(parts), offsets, indices, values, alpha, saved, form};
 }
@@ -60,9 +59,9 @@ ScatterCall check_scatter_batched(const char* op, const std::vector<Tensor>& wei
   return check_scatter(op, std::move(parts), &offsets, indices, values, alpha, additive, saved);
 }
 
-void bump_versions(const ScatterCall& call) {
-  for (const ScatterPart& part : call.parts) bump_version(part.weight);
-  if (call.saved) bump_version(*call.saved);
+void announce_writes(const ScatterCall& call) {
+  for (const ScatterPart& part : call.parts) announce_write(call.op, {part.name, part.weight});
+  if (call.saved) announce_write(call.op, {"saved", *call.saved});
 }
 
 }  // namespace shira

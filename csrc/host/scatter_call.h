@@ -35,7 +35,8 @@ ScatterCall check_scatter_batched(const char* op, const std::vector<Tensor>& wei
                                   const Tensor& indices, const Tensor& values, double alpha, bool additive,
                                   const std::optional<Tensor>& saved);
 
-// Tells autograd what is about to be written.
-void bump_versions(const ScatterCall& call);
+// Tells autograd what is about to be written; refuses what requires grad outside no_grad. Call it before the first
+// write.
+void announce_writes(const ScatterCall& call);
 
 }  // namespace shira
