@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,6 +16,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from shira.io import write_atomically
 
 LEGEND = """\
 - **ratio**: this side's time over ours, round by round: the median, and in brackets the middle half of the rounds.
@@ -278,18 +278,6 @@ def png(figure: plt.Figure) -> bytes:
     return buffer.getvalue()
 
 
-def write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a temporary file beside it, then a rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", nargs="+", type=Path, help="files written by pytest bench/ --benchmark-json=FILE")
@@ -303,8 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
         for group, cases in groups(runs).items():
             draw: Callable[[str, list[Case]], bytes] = draw_sweep if "sweep" in cases[0].info else draw_ratios
             pictures[group] = re.sub(r"[^a-z0-9]+", "-", group.lower()).strip("-") + ".png"
-            write(options.output / pictures[group], draw(group, cases))
-        write(options.output / "report.md", markdown(runs, pictures).encode())
+            write_atomically(options.output / pictures[group], draw(group, cases))
+        write_atomically(options.output / "report.md", markdown(runs, pictures).encode())
     except (ReportError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
