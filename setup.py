@@ -27,7 +27,7 @@ def extension_arguments() -> dict:
     with_cuda = mode == "cuda" or (mode == "auto" and torch.version.cuda is not None and CUDA_HOME is not None)
     sources = ["csrc/bindings.cpp", *map(str, sorted(Path("csrc").glob("[ch]*/*.cpp")))]
     # Each operation rounds on its own, on every backend; only functions in SHIRA_ISA namespaces use wider instructions.
-    macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+    macros: list = []
     cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-g0"]
     nvcc = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr"]
     if with_cuda:

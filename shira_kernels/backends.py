@@ -16,8 +16,9 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +44,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 
 extension, extension_reason = _load_extension()
+_forced = threading.local()  # .backends: those of the open `use` blocks of a thread
 _check_gpu_indices = False
 
 
@@ -87,8 +89,15 @@ def _triton_interprets() -> bool:
 
 
 def active(op: str, device: torch.device | str) -> str:
-    """The kernel that `torch.ops.shira.<op>` runs on a device: "cpu/avx512", "cuda", "triton" or "reference"."""
+    """The kernel that `torch.ops.shira.<op>` runs on a device: "cpu/avx512", "cuda", "triton" or "reference".
+
+    Within `use` that is the forced one. Raises ValueError for an unknown op.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     kind = torch.device(device).type
+    if forced := getattr(_forced, "backends", None):
+        return f"cpu/{extension.isa()}" if forced[-1] == "cpu" else forced[-1]  # type: ignore[union-attr]
     if kind == "cpu" and not reason_unavailable(op, "cpu"):
         return f"cpu/{extension.isa()}"  # type: ignore[union-attr]
     if kind == "cuda":
@@ -129,9 +138,12 @@ def _triton_entry(op: str) -> Callable[..., Any]:
         launch = getattr(importlib.import_module(f"shira_kernels.triton.{op}"), op)
         # Under the interpreter the data is on the CPU, where reading it does not wait for a GPU.
         written = definition.check(*args, **kwargs, contents=_check_gpu_indices or _triton_interprets())
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
         python_calls["triton"] += 1
-        return launch(*args, **kwargs)
+        # Triton launches on the current device, whatever the tensors' is.
+        on_gpu = bool(written) and written[0].is_cuda
+        with torch.cuda.device(written[0].device) if on_gpu else contextlib.nullcontext():
+            return launch(*args, **kwargs)
 
     return run
 
@@ -160,10 +172,12 @@ class use(TorchFunctionMode):
         self.previous_isa = extension.isa() if self.isa and extension else None
         if self.isa and extension:
             extension.set_isa(self.isa)
+        _forced.backends = [*getattr(_forced, "backends", []), self.backend]
         return super().__enter__()  # type: ignore[no-any-return]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        _forced.backends.pop()
         if self.previous_isa and extension:
             extension.set_isa(self.previous_isa)
 
@@ -175,7 +189,19 @@ class use(TorchFunctionMode):
         op = str(packet).partition(".")[2]
         if op not in self.kernels:
             raise RuntimeError(f"backend {self.backend} cannot run shira::{op}: {reason_unavailable(op, self.backend)}")
+        on_gpu = any(tensor.is_cuda for tensor in _tensors((*args, *(kwargs or {}).values())))
+        if self.backend != "reference" and on_gpu != (self.backend != "cpu" and not _triton_interprets()):
+            where = "on a GPU" if on_gpu else "on the CPU"
+            raise RuntimeError(f"backend {self.backend} is forced, but cannot run shira::{op} {where}")
         return self.kernels[op](*args, **(kwargs or {}))
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)
 
 
 def set_check_indices(enabled: bool) -> None:

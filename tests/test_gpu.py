@@ -110,7 +110,7 @@ def test_more_weights_than_one_launch_holds(backend: Backend) -> None:
     for device in ("cpu", "cuda"):
         for weight in weights:
             weight.zero_()
-        with backend.running():
+        with backends.checked(), backend.running():
             torch.ops.shira.scatter_apply_batched(weights, torch.arange(2501, device=device), indices, values)
         assert torch.equal(torch.stack(weights)[:, 2], values)
         assert torch.stack(weights).sum() == values.sum()

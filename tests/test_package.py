@@ -94,6 +94,19 @@ def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
 
 
 @needs_extension
+def test_active_names_what_a_call_would_run() -> None:
+    with backends.use("reference"):
+        assert backends.active("scatter_apply", "cpu") == "reference"
+        with backends.use("cpu", isa="base"):
+            assert backends.active("scatter_apply", "cpu") == "cpu/base"
+    assert backends.active("scatter_apply", "cpu") == f"cpu/{backends.extension.runnable_isas()[-1]}"
+    assert backends.active("scatter_apply", "meta") == "reference"
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match="op must be one of"):
+            backends.active("nothing", device)
+
+
+@needs_extension
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 def test_only_the_stable_abi_of_torch_is_used() -> None:
     symbols = subprocess.run(

@@ -300,6 +300,41 @@ def test_inference_mode(backend: Backend) -> None:
     assert arguments["weight"].view(-1)[[1, 5]].tolist() == [101, 105]
 
 
+@each_backend
+def test_inference_tensors_stay_as_they_are_outside_inference_mode(backend: Backend) -> None:
+    arguments = good_arguments(backend.device)
+    with torch.inference_mode():
+        arguments["weight"] = arguments["weight"].clone()
+    before = bits(arguments["weight"])
+    with pytest.raises(RuntimeError, match="weight must not be an inference tensor"), backend.running(times=0):
+        torch.ops.shira.scatter_apply(**arguments)
+    assert torch.equal(bits(arguments["weight"]), before)
+
+
+@each_backend
+def test_lazily_changed_tensors_are_refused(backend: Backend) -> None:
+    whole = torch.zeros(4, dtype=torch.complex64, device=backend.device)
+    indices = torch.tensor([1], device=backend.device)
+    for weight in (whole.conj(), torch._neg_view(whole)):
+        values = torch.ones(1, dtype=whole.dtype, device=backend.device)
+        with pytest.raises(RuntimeError, match="must not be lazily"), backend.running(times=0):
+            torch.ops.shira.scatter_apply(weight, indices, values)
+    assert not whole.abs().any()
+
+
+@each_backend
+def test_function_transforms_are_refused(backend: Backend) -> None:
+    arguments = good_arguments(backend.device)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        weight = arguments["weight"] * x
+        torch.ops.shira.scatter_apply(weight, arguments["indices"], arguments["values"])
+        return weight.sum()
+
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms|requires grad"), backend.running(times=0):
+        torch.func.grad(total)(torch.tensor(2.0, device=backend.device))
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_opcheck(keep: bool) -> None:
     for alpha, additive in itertools.product((1.0, 0.5), (False, True)):

@@ -29,7 +29,7 @@ def compile_cuda(source: Path) -> list[str]:
     """Compiles one .cu file for all architectures; returns a line for each problem."""
     command = ["nvcc", "-c", str(source), "-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xptxas=-v"]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in CUDA_ARCHITECTURES]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", *(f"-I{path}" for path in include_paths())]
+    command += ["-DUSE_CUDA", *(f"-I{path}" for path in include_paths())]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*command, "-o", f"{folder}/out.o"], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -4,8 +4,6 @@
 // weight, so no two threads write one line. Every entry is computed alone: the same bits at any number of threads.
 #include "scatter_apply.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 

@@ -1,7 +1,4 @@
 // scatter_apply on NVIDIA GPUs: the choice of the kernel and its launches. The kernel is in scatter_apply.cuh.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -141,7 +138,8 @@ void scatter_apply_cuda(const ScatterCall& call) {
   if (call.parts.empty()) return;
   const torch::stable::accelerator::DeviceGuard guard(call.indices.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.indices.get_device_index(), &stream));
+  check_status(aoti_torch_get_current_cuda_stream(call.indices.get_device_index(), &stream),
+               "aoti_torch_get_current_cuda_stream");
   if (check_indices_first) check_contents(call, static_cast<cudaStream_t>(stream));
   announce_writes(call);
   calls.fetch_add(1, std::memory_order_relaxed);

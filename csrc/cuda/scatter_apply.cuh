@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) check_indices_kernel(const __grid_co
   if (i >= batch.end) return;
   const ScatterTarget* target = target_of(batch, i);
   if (target == nullptr) return;
-  const bool first = i == 0 || target_of(batch, i - 1) != target;
+  const bool first = i == batch.begin || target_of(batch, i - 1) != target;  // batches begin where a part begins
   if (indices[i] < 0 || indices[i] >= target->numel || (!first && indices[i - 1] >= indices[i])) *wrong = 1;
 }
 

@@ -1,8 +1,5 @@
 #include "checks.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/c/shim.h>
-
 #include <algorithm>
 #include <array>
 #include <stdexcept>
@@ -15,7 +12,7 @@ using torch::stable::detail::to;
 
 template <size_t N>
 StableIValue call(const char* op, std::array<StableIValue, N> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  check_status(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION), op);
   return stack[0];
 }
 
@@ -38,7 +35,7 @@ void fail(const char* op, const std::string& argument, const std::string& messag
 
 int32_t dtype_of(const Tensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  check_status(aoti_torch_get_dtype(tensor.get(), &dtype), "aoti_torch_get_dtype");
   return dtype;
 }
 
@@ -66,8 +63,8 @@ std::string dtype_name(int32_t dtype) {
 
 bool same_device(const Tensor& a, const Tensor& b) {
   int32_t type_a, type_b;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &type_a));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &type_b));
+  check_status(aoti_torch_get_device_type(a.get(), &type_a), "aoti_torch_get_device_type");
+  check_status(aoti_torch_get_device_type(b.get(), &type_b), "aoti_torch_get_device_type");
   return type_a == type_b && a.get_device_index() == b.get_device_index();
 }
 
@@ -160,7 +157,7 @@ void announce_write(const char* op, const Argument& argument) {
     to<Tensor>(call<3>("aten::transpose_", {from(argument.tensor), from(int64_t{0}), from(int64_t{0})}));
   } catch (const std::exception&) {
     refuse_grad(op, argument);
-    throw;
+    fail(op, argument.name, "must not be an inference tensor outside torch.inference_mode()");
   }
 }
 

@@ -2,18 +2,14 @@
 // naming the op and the argument, in the words of shira_kernels/ops/_checks.py.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../shared/scatter_form.h"
+#include "torch_stable.h"
 
 namespace shira {
-
-using torch::stable::Tensor;
 
 struct Argument {
   std::string name;

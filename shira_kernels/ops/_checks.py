@@ -90,9 +90,14 @@ def check_overlap(op: str, written: Named, read: Named) -> None:
             reach_written = max(reach_written, (end, name))
 
 
-def refuse_grad(op: str, tensors: Named) -> None:
-    """The op is not differentiable: outside no_grad none of its floating-point arguments may require grad."""
+def check_autograd(op: str, written: Named, read: Named) -> None:
+    """The op is not differentiable: outside no_grad none of these may require grad. Nor may an inference tensor be
+    written outside inference mode."""
     if torch.is_grad_enabled():
-        for argument, tensor in tensors:
+        for argument, tensor in (*written, *read):
             if tensor.requires_grad:
                 fail(op, argument, "requires grad: call this op under torch.no_grad()")
+    if not torch.is_inference_mode_enabled():
+        for argument, tensor in written:
+            if tensor.is_inference():
+                fail(op, argument, "must not be an inference tensor outside torch.inference_mode()")

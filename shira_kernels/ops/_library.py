@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,8 +13,16 @@ library = torch.library.Library(NAMESPACE, "FRAGMENT")
 python_calls: Counter[str] = Counter()  # op calls by kernel, of the kernels that are Python: see backends.calls
 
 
+# Dispatch keys under which a kernel would get other tensors than the caller's, and write past them.
+_REFUSED_KEYS = {
+    "Negative": "weight, values and saved must not be lazily negated: use .resolve_neg()",
+    "Conjugate": "weight, values and saved must not be lazily conjugated: use .resolve_conj()",
+    "FuncTorchDynamicLayerFrontMode": "weight is written in place, which torch.func transforms cannot follow",
+}
+
+
 def define(schema: str, *, fake: Callable, default: Callable) -> str:
-    """Declares an op and returns its name.
+    """Declares an op that writes its arguments, and returns its name.
 
     `default` becomes the kernel of every device that has no kernel of its own; a C++ kernel for a device takes
     precedence whichever is registered first. `fake` checks what can be checked without data.
@@ -21,5 +30,14 @@ def define(schema: str, *, fake: Callable, default: Callable) -> str:
     name = schema.split("(", 1)[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, default, "CompositeExplicitAutograd")
+    for key, message in _REFUSED_KEYS.items():
+        library.impl(name, _refusal(f"{NAMESPACE}::{name}: {message}"), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     return name
+
+
+def _refusal(message: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(message)
+
+    return refuse

@@ -31,6 +31,8 @@ def check_entries(
     """What can be checked of one weight and its vectors without data."""
     if weight.layout != torch.strided or not weight.is_contiguous():
         _checks.fail(op, argument, f"must be contiguous, got strides {getattr(weight, 'stride', tuple)()}")
+    if any(t is not None and (t.is_conj() or t.is_neg()) for t in (weight, values, saved)):
+        _checks.fail(op, f"{argument}, values and saved", "must not be lazily negated or conjugated")
     if weight.element_size() > 8:
         _checks.fail(op, argument, f"must have elements of 1, 2, 4 or 8 bytes, got {weight.dtype}")
     if (additive or alpha != 1.0) and weight.dtype not in _checks.ARITHMETIC_DTYPES:
@@ -70,7 +72,7 @@ def check(
     """All that a kernel may rely on; returns what it writes. Without `contents` the index values stay unread."""
     check_entries(OP, weight, indices, values, alpha, additive, saved)
     written = [("weight", weight)] + ([] if saved is None else [("saved", saved)])
-    _checks.refuse_grad(OP, [*written, ("values", values)])
+    _checks.check_autograd(OP, written, [("values", values)])
     _checks.check_overlap(OP, written, [("indices", indices), ("values", values)])
     if contents:
         _checks.check_index_contents(OP, indices, weight.numel())

@@ -50,7 +50,7 @@ def check(
     written = [(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
     if saved is not None:
         written.append(("saved", saved))
-    _checks.refuse_grad(OP, [*written, ("values", values)])
+    _checks.check_autograd(OP, written, [("values", values)])
     _checks.check_overlap(OP, written, [("offsets", offsets), ("indices", indices), ("values", values)])
     if contents or offsets.device.type == "cpu":
         borders = _checks.check_offset_contents(OP, offsets, indices.numel())

@@ -5,7 +5,8 @@ The formula is that of scatter_apply. A table [2, n] int64 holds each weight's a
 offsets, which stay in cache. No two entries are the same place: no atomics, no race, deterministic. An index outside
 its weight is skipped; offsets that do not rise choose a wrong weight of the list, never anything outside.
 
-Table and offsets stay on the device from call to call, so a call that was made once can be captured in a graph.
+Table and offsets stay on the device for the next calls, so a call that was just made can be captured in a graph, which
+then keeps them alive.
 """
 
 from __future__ import annotations
@@ -57,8 +58,21 @@ def scatter_apply_batched_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(device: torch.device, numbers: tuple[int, ...]) -> torch.Tensor:
+def _made(device: torch.device, numbers: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+_captured: dict[int, torch.Tensor] = {}  # what graphs read when they are replayed: kept for ever
+
+
+def _on_device(device: torch.device, numbers: tuple[int, ...]) -> torch.Tensor:
+    """[len(numbers)] int64, the same tensor from call to call, alive for as long as a kernel may read it."""
+    tensor = _made(device, numbers)
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(device))
+        if torch.cuda.is_current_stream_capturing():
+            _captured[id(tensor)] = tensor
+    return tensor
 
 
 def scatter_apply_batched(
