@@ -9,10 +9,10 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-torch-$(TORCH)
-BUILT := $(VENV)/.built-torch-$(TORCH)
+export SHIRA_BUILD ?= auto
+BUILT := $(VENV)/.built-torch-$(TORCH)-$(SHIRA_BUILD)
 SOURCES := setup.py $(shell find csrc -type f)
 RESULTS ?= bench-results
-export SHIRA_BUILD ?= auto
 
 .PHONY: demo test bench lint build gpu-check clean
 .DELETE_ON_ERROR:
@@ -44,9 +44,10 @@ $(STAMP): pyproject.toml
 	echo "torch==$(TORCH)" > $(VENV)/constraints.txt
 	SHIRA_BUILD=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
 		--constraint $(VENV)/constraints.txt --editable ".[dev]"
-	rm -f $(VENV)/.built-* && touch $@
+	rm -f $(VENV)/.installed-* $(VENV)/.built-* && touch $@
 
 $(BUILT): $(STAMP) $(SOURCES)
+	rm -f shira_kernels/_C.*.so $(VENV)/.built-*
 	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 

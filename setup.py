@@ -7,7 +7,9 @@ SHIRA_BUILD=auto  CPU kernels where there is a compiler, CUDA kernels where nvcc
 """
 
 import os
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -17,14 +19,17 @@ def extension_arguments() -> dict:
     mode = os.environ.get("SHIRA_BUILD", "auto")
     if mode not in ("auto", "cpu", "cuda", "0"):
         raise SystemExit(f"SHIRA_BUILD must be auto, cpu, cuda or 0, got {mode!r}")
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0])
+    if "egg_info" in sys.argv or "sdist" in sys.argv or "dist_info" in sys.argv:
+        return {}  # nothing is compiled, and torch may not be there yet
     if mode == "0" or (mode == "auto" and compiler is None):
         print("shira-kernels: no C++ kernels are built;", "SHIRA_BUILD=0" if mode == "0" else "no C++ compiler found")
         return {}
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    with_cuda = mode == "cuda" or (mode == "auto" and torch.version.cuda is not None and CUDA_HOME is not None)
+    has_nvcc = CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()
+    with_cuda = mode == "cuda" or (mode == "auto" and torch.version.cuda is not None and has_nvcc)
     sources = ["csrc/bindings.cpp", *map(str, sorted(Path("csrc").glob("[ch]*/*.cpp")))]
     # Each operation rounds on its own, on every backend; only functions in SHIRA_ISA namespaces use wider instructions.
     macros: list = []

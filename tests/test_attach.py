@@ -643,3 +643,51 @@ def test_a_checkpoint_of_values_can_be_written() -> None:
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
     model.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+def test_only_a_weight_can_be_trained_from_an_adapter() -> None:
+    model = mlp()
+    before = state(model)
+    tensor = shira.AdapterTensor(torch.tensor([1]), torch.ones(1), (8,), torch.float32)
+    with pytest.raises(ValueError, match=r"0\.bias: only the weight of an nn\.Linear can be trained, not its bias"):
+        shira.attach(model, shira.Adapter({"0.bias": tensor}))
+    assert_state(model, before)
+
+
+def test_a_step_through_data_after_an_evaluation_is_seen() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.2))
+    model(torch.randn(3, 6)).sum().backward()
+    with torch.no_grad():
+        model(torch.randn(3, 6))  # between gradient and step
+    for values in handle.parameters():
+        values.data.add_(1.0)
+    for name, tensor in handle.adapter().items():
+        values = dict(handle.named_parameters())[name.replace("weight", "shira_values")]
+        assert torch.equal(tensor.values, values.detach())
+
+
+def test_values_changed_without_a_gradient_are_in_the_adapter() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.2))
+    values = next(handle.parameters())
+    values.data.fill_(7.0)  # as swapping in an average does
+    assert (handle.adapter()["0.weight"].values == 7).all()
+    values.data.fill_(8.0)
+    assert (model.state_dict()["0.weight"] == 8).sum() == values.numel()
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused() -> None:
+    model = mlp()
+    model[0].forward = model[0].forward
+    with pytest.raises(ValueError, match="0: its forward was replaced"):
+        shira.attach(model, shira.ShiraConfig("all-linear"))
+    assert type(model[2]) is nn.Linear
+
+
+def test_inference_mode_is_refused() -> None:
+    model = mlp()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        shira.attach(model, shira.ShiraConfig("all-linear"))
+    assert type(model[0]) is nn.Linear
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -147,3 +147,12 @@ def test_bad_arguments(weight: torch.Tensor, arguments: dict, message: str) -> N
 def test_wm_refuses_nan() -> None:
     with pytest.raises(ValueError, match="NaN"):
         masks.wm(torch.tensor([1.0, math.nan, 2.0]), 0.5)
+
+
+@pytest.mark.parametrize("mask", ["wm", "rand"])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("k", 1.5), ("skip", 0.5), ("granularity", 2.0), ("seed", 1.5), ("density", "all")]
+)
+def test_numbers_of_the_wrong_kind_are_named(mask: str, argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{argument} must be"):
+        masks.MASKS[mask](torch.randn(10), **{"density": 0.5, argument: value})

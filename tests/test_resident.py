@@ -465,3 +465,89 @@ def test_a_bad_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(shira.AdapterFormatError, match=r"x\.safetensors"):
         bank.add("x", path)
     assert bank.names == []
+
+
+def test_switches_inside_and_outside_inference_mode() -> None:
+    model = Model()
+    before = snapshot(model)
+    bank = shira.ResidentAdapters(model)
+    with torch.inference_mode():
+        bank.add("x", make(model, 1))
+        bank.switch("x")
+    applied = snapshot(model)
+    bank.add("y", make(model, 2), force=True)
+    bank.switch("y")
+    bank.switch(None)
+    assert same(snapshot(model), before)
+    bank.switch("x")
+    assert same(snapshot(model), applied)
+    with torch.inference_mode():
+        bank.switch(None)
+    assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("call", range(6))
+def test_an_interrupt_around_any_write_loses_nothing(monkeypatch: pytest.MonkeyPatch, moment: str, call: int) -> None:
+    model = Model()
+    before = snapshot(model)
+    bank = shira.ResidentAdapters(model)
+    for seed, name in enumerate(("x", "y")):
+        bank.add(name, make(model, seed + 1))
+    bank.switch("x")
+    calls = 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if moment == "after" or calls != call + 1:
+            real(*arguments)
+        if calls == call + 1:
+            raise KeyboardInterrupt
+
+    real = resident.scatter_apply_batched
+    monkeypatch.setattr(resident, "scatter_apply_batched", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bank.switch("y")
+    assert calls > call
+    monkeypatch.setattr(resident, "scatter_apply_batched", real)
+    bank.switch("y")
+    bank.switch(None)
+    assert same(snapshot(model), before)
+
+
+def test_training_and_switching_exclude_each_other() -> None:
+    model = Model(special=False)
+    before = snapshot(model)
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", make(model, 1))
+    config = shira.ShiraConfig(["b", "c"], density=0.2)
+    bank.switch("x")
+    with pytest.raises(RuntimeError, match="ResidentAdapters is changing this weight"):
+        shira.attach(model, config)
+    bank.switch(None)
+    handle = shira.attach(model, config)
+    with pytest.raises(RuntimeError, match="attach is changing this weight"):
+        bank.switch("x")
+    assert bank.active is None
+    handle.detach()
+    bank.switch("x")
+    bank.switch(None)
+    assert same(snapshot(model), before)
+
+
+def test_wrong_arguments_are_named() -> None:
+    model = Model()
+    bank = shira.ResidentAdapters(model)
+    adapter = make(model, 1)
+    bank.add("x", adapter)
+    with pytest.raises(ValueError, match="switch takes a name, strengths by name, or None, got 3"):
+        bank.switch(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the strength of 'x' must be a finite number"):
+        bank.switch({"x": 10**400})
+    with pytest.raises(ValueError, match="must be an Adapter or the path of its file, got 3"):
+        bank.add("y", 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the name of an adapter must be a string"):
+        bank.add(None, adapter)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x: must be an AdapterTensor, got int"):
+        shira.Adapter({"x": 3})  # type: ignore[dict-item]

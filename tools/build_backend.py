@@ -13,7 +13,6 @@ import sys
 import sysconfig
 from typing import Any
 
-from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 _installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
@@ -28,8 +27,12 @@ def _needed() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *_needed()]
+    return _needed()
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *_needed()]
+    return _needed()
+
+
+def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
+    return []

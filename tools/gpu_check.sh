@@ -13,7 +13,9 @@ SHIRA_BUILD="${SHIRA_BUILD:-auto}" "$python" setup.py --quiet build_ext --inplac
 "$python" -m shira_kernels --json > "$results/environment.json"
 
 status=0
-"$python" -m pytest tests -m gpu --junitxml="$results/gpu-tests.xml" || status=$?
+tests=(tests/test_gpu.py)
+for op in shira_kernels/ops/[a-z]*.py; do tests+=("tests/test_$(basename "$op")"); done
+"$python" -m pytest "${tests[@]}" -m gpu --junitxml="$results/gpu-tests.xml" || status=$?
 if "$python" -c 'import pytest_benchmark' 2> /dev/null; then
   "$python" -m pytest bench -m gpu --benchmark-json="$results/gpu-bench.json" || status=$?
 else

@@ -121,6 +121,8 @@ def _check(name: str, tensor: AdapterTensor) -> None:
 
     if not isinstance(name, str) or not name:
         raise ValueError(f"the name of a tensor must be a string that is not empty, got {name!r}")
+    if not isinstance(tensor, AdapterTensor):
+        raise ValueError(f"{name}: must be an AdapterTensor, got {type(tensor).__name__}")
     if not isinstance(tensor.shape, tuple) or not all(type(size) is int and size >= 0 for size in tensor.shape):
         refuse("shape", f"must be a tuple of sizes, got {tensor.shape!r}")
     if tensor.dtype not in DTYPES:

@@ -85,15 +85,15 @@ class _AttachedLinear(nn.Linear):
         return output
 
     @torch.no_grad()
-    def shira_write_back(self) -> None:
+    def shira_write_back(self, always_compare: bool = False) -> None:
         """Writes the values into the weight if they changed since the last time."""
         values, written = self.shira_values, self.shira_written
         marker = (values.data_ptr(), values._version)
         # Some optimizers write through `.data` or raw pointers and leave the version as it is. They cannot have stepped
-        # without a gradient, so only then are values compared.
-        if marker != written.marker or (written.gradient_came and self._differs()):
+        # without a gradient, so values are compared from the first gradient until a version shows that it was used.
+        if marker != written.marker or ((written.gradient_came or always_compare) and self._differs()):
             scatter_apply(self.weight, self.shira_indices, values.to(self.weight.dtype))
-        written.marker, written.gradient_came = marker, False
+            written.marker, written.gradient_came = marker, False
 
     def _differs(self) -> bool:
         return not torch.equal(self.weight.view(-1)[self.shira_indices], self.shira_values.to(self.weight.dtype))
@@ -108,7 +108,7 @@ class _AttachedLinear(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.shira_write_back()
+        self.shira_write_back(always_compare=True)
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(
@@ -171,10 +171,15 @@ class Handle:
         return (parameter for _, parameter in self.named_parameters())
 
     def write_back(self) -> None:
-        """Writes the values into the weights now; a forward, `adapter()` and `state_dict()` do it by themselves."""
+        """Writes values into weights now. A layer's forward, `adapter()` and `state_dict()` do it by themselves.
+
+        To be called where neither happens between a change and a use of the weights: values changed through `.data`
+        without a gradient, or modules that read a layer's weight instead of calling it, as nn.TransformerEncoderLayer
+        does in evaluation.
+        """
         self._check_attached()
         for layers in self._layers.values():
-            layers[0].shira_write_back()
+            layers[0].shira_write_back(always_compare=True)
 
     def adapter(self) -> Adapter:
         """A copy of the trained entries on the CPU: kind "replace", in the weights' dtype, their exact bits."""
@@ -200,9 +205,10 @@ class Handle:
         self._check_attached()
         for layers in self._layers.values():
             if keep:
-                layers[0].shira_write_back()
+                layers[0].shira_write_back(always_compare=True)
             else:
                 scatter_apply(layers[0].weight, layers[0].shira_indices, layers[0].shira_base)
+            claim(layers[0].weight, None)
             for layer in layers:
                 for name in ("shira_values", "shira_indices", "shira_base", "shira_written"):
                     delattr(layer, name)
@@ -238,13 +244,16 @@ def attach(model: nn.Module, what: ShiraConfig | Adapter) -> Handle:
 
     Raises:
         ValueError: what does not fit the model. Nothing was changed.
-        RuntimeError: something is attached already.
+        RuntimeError: something is attached already, a ResidentAdapters has an adapter in the weights, or inference mode
+            is on.
 
     Warns:
         UserWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
     """
     if any(isinstance(module, _AttachedLinear) for module in model.modules()):
         raise RuntimeError("the model has entries attached already: detach them first")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("attach must not be called in torch.inference_mode(): what it makes could not be trained")
     saved: tuple[str, ...] = ()
     if isinstance(what, ShiraConfig):
         targets = _choose(model, what)
@@ -254,11 +263,15 @@ def attach(model: nn.Module, what: ShiraConfig | Adapter) -> Handle:
     else:
         raise ValueError(f"attach takes a ShiraConfig or an Adapter, got {type(what).__name__}")
 
+    for target in targets:
+        check_claim(target.name, target.layers[0].weight, "attach")
+
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_saved(name, saved))
     for target in targets:
         values, written = nn.Parameter(target.values), _Written()
+        claim(target.layers[0].weight, "attach")
         for layer in target.layers:
             layer.__class__ = _attached_class(type(layer))  # type: ignore[assignment, arg-type]
             attached = _as_attached(layer)
@@ -269,6 +282,22 @@ def attach(model: nn.Module, what: ShiraConfig | Adapter) -> Handle:
     handle = Handle(model, targets, required_grad, saved, what.config if isinstance(what, Adapter) else what)
     handle.write_back()
     return handle
+
+
+def check_claim(name: str, weight: torch.Tensor, owner: str) -> None:
+    """Raises RuntimeError if another than `owner` ("attach" or "ResidentAdapters") changes the weight now: with both at
+    once neither could give the base back."""
+    held = getattr(weight, "_shira_owner", owner)
+    if held != owner:
+        raise RuntimeError(f"{name}: {held} is changing this weight; detach, or switch(None), first")
+
+
+def claim(weight: torch.Tensor, owner: str | None) -> None:
+    """Notes who changes a weight; None for nobody any more."""
+    if owner is not None:
+        weight._shira_owner = owner  # type: ignore[attr-defined]
+    elif hasattr(weight, "_shira_owner"):
+        del weight._shira_owner
 
 
 def tensor_seed(seed: int, name: str) -> int:
@@ -312,11 +341,13 @@ def _continue(model: nn.Module, adapter: Adapter) -> list[_Target]:
         name = names[weight]
         if name in targets:
             raise ValueError(f"{adapter_name}: the adapter names the tensor {name!r} twice")
-        layers = [
-            _checked_layer(own, module)
-            for own, module in model.named_modules()
-            if any(parameter is weight for parameter in module._parameters.values())
-        ]
+        layers = []
+        for own, module in model.named_modules():
+            roles = [role for role, parameter in module._parameters.items() if parameter is weight]
+            if roles and roles != ["weight"]:
+                raise ValueError(f"{adapter_name}: only the weight of an nn.Linear can be trained, not its {roles[0]}")
+            if roles:
+                layers.append(_checked_layer(own, module))
         check_fits(adapter_name, tensor, weight)
         indices = tensor.indices.to(weight.device, copy=True)
         base = _entries(weight, indices)
@@ -386,6 +417,8 @@ def _checked_layer(name: str, module: nn.Module) -> nn.Linear:
         raise ValueError(f"{name}: nn.MultiheadAttention never calls this layer, so it cannot be trained")
     if len(inspect.signature(type(module).forward).parameters) != 2:
         raise ValueError(f"{name}: the forward of {type(module).__name__} must take one tensor, as that of nn.Linear")
+    if "forward" in vars(module):
+        raise ValueError(f"{name}: its forward was replaced (by hooks of another library?), so it cannot be trained")
     weight = module._parameters.get("weight")
     if weight is None:
         raise ValueError(f"{name}: the weight must be a plain parameter")

@@ -54,7 +54,7 @@ def wm(
     A run's rank is the sum of its magnitudes. Arguments and result as in the module's docstring; ValueError also if the
     weight holds a NaN. `grad` and `seed` are not used.
     """
-    take, leave = _budget(weight, density, k, skip, granularity)
+    take, leave = _budget(weight, density, k, seed, skip, granularity)
     score = weight.detach().abs().view(-1) if weight.is_contiguous() else weight.detach().abs().reshape(-1)
     if score.isnan().any():
         raise ValueError("weight must not hold NaN: magnitudes could not be ranked")
@@ -90,7 +90,7 @@ def rand(
     skip and granularity only: not on the device, the version of torch or the weight's values. Runs hash their number
     (the first is 0). Arguments and result as in the module's docstring; `grad` is not used.
     """
-    take, leave = _budget(weight, density, k, skip, granularity)
+    take, leave = _budget(weight, density, k, seed, skip, granularity)
     count = math.ceil(weight.numel() / granularity)
     needed = leave + take
     # Only hashes below a threshold are kept, so memory is O(chunk + k) for a weight of any size. Six standard
@@ -109,14 +109,19 @@ def rand(
 MASKS: dict[str, Mask] = {"wm": wm, "rand": rand}
 
 
-def _budget(weight: torch.Tensor, density: float, k: int | None, skip: int, granularity: int) -> tuple[int, int]:
+def _budget(
+    weight: torch.Tensor, density: float, k: int | None, seed: int, skip: int, granularity: int
+) -> tuple[int, int]:
     """How many runs to take and how many of the ranking to leave out before them."""
     if not weight.is_floating_point() or weight.is_meta or not weight.numel():
         raise ValueError(f"weight must be floating point and hold data, got {weight.dtype} {tuple(weight.shape)}")
     numel = weight.numel()
+    for argument, value in (("k", 1 if k is None else k), ("skip", skip), ("granularity", granularity), ("seed", seed)):
+        if type(value) is not int:
+            raise ValueError(f"{argument} must be a whole number, got {value!r}")
     if k is None:
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"density must be above 0 and at most 1, got {density}")
+        if type(density) not in (int, float) or not 0.0 < density <= 1.0:
+            raise ValueError(f"density must be above 0 and at most 1, got {density!r}")
         k = max(1, round(density * numel))
     if not 1 <= k <= numel:
         raise ValueError(f"k must lie in [1, {numel}], the number of elements, got {k}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
+import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shira.adapter import Adapter, checksum_of
-from shira.attach import check_base, check_fits
+from shira.attach import check_base, check_claim, check_fits, claim
 from shira.names import first_names, resolve
 from shira_kernels import scatter_apply_batched
 
@@ -60,8 +60,8 @@ class ResidentAdapters:
     """Adapters that stay beside a model and are switched in its live weights.
 
     The weights' addresses never change, and the entries that an adapter replaces are kept, so `switch(None)` gives the
-    base back bit for bit after any sequence. A tensor's dtype and device must stay as they were when an adapter was
-    added. Not for several threads at once.
+    base back bit for bit after any sequence. The model's parameters, their dtypes and devices must stay those that were
+    there when an adapter was added. Not for several threads at once.
 
     Args:
         model: any module. Names of its parameters are those of its state dict; PEFT's prefixes are understood.
@@ -104,6 +104,10 @@ class ResidentAdapters:
         Warns:
             UserWarning: the adapter has no checksum, so that it cannot be told whether it was made for this base.
         """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"the name of an adapter must be a string that is not empty, got {name!r}")
+        if not isinstance(adapter, (str, os.PathLike, Adapter)):
+            raise ValueError(f"an adapter must be an Adapter or the path of its file, got {adapter!r}")
         if name in self._residents:
             raise ValueError(f"an adapter named {name!r} was added already")
         if not isinstance(adapter, Adapter):
@@ -128,19 +132,20 @@ class ResidentAdapters:
 
         Raises:
             ValueError: a name is unknown or a strength not finite. Nothing was changed.
+            RuntimeError: entries of a weight are attached for training. Nothing was changed.
 
         If a write fails, every weight goes back to the base and the error is raised.
         """
         wanted = self._normalized(target)
         batches, strength = self._plan(wanted)
         buffers = self._buffers_for(batches)
+        for batch in batches:
+            for weight in batch.weights:
+                check_claim("switch", weight, "ResidentAdapters")
         try:
             self._revert()
             for batch, saved in zip(batches, buffers, strict=True):
-                scatter_apply_batched(
-                    batch.weights, batch.offsets, batch.indices, batch.values, strength, batch.additive, saved
-                )
-                self._written.append((batch, saved))
+                self._write(batch, strength, saved)
             self._active = wanted
         except BaseException:
             self._revert()
@@ -180,12 +185,14 @@ class ResidentAdapters:
         """A target as strengths by name; empty for the base."""
         if target is None:
             return {}
+        if not isinstance(target, (str, Mapping)):
+            raise ValueError(f"switch takes a name, strengths by name, or None, got {target!r}")
         strengths = {target: 1.0} if isinstance(target, str) else dict(target)
         if not strengths:
             raise ValueError("a mix must name at least one adapter; the base is None")
         self._check_names(strengths)
         for name, strength in strengths.items():
-            if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+            if not isinstance(strength, (int, float)) or not -sys.float_info.max <= strength <= sys.float_info.max:
                 raise ValueError(f"the strength of {name!r} must be a finite number, got {strength!r}")
         return {name: float(strength) for name, strength in strengths.items()}
 
@@ -232,8 +239,23 @@ class ResidentAdapters:
             places.append((kind, slice(begin, needed[kind])))
         for kind, size in needed.items():
             if kind not in self._buffers or self._buffers[kind].numel() < size:
-                self._buffers[kind] = torch.empty(size, dtype=kind[0], device=kind[1])
+                with torch.inference_mode(False):  # else no switch outside inference mode could write them
+                    self._buffers[kind] = torch.empty(size, dtype=kind[0], device=kind[1])
         return [self._buffers[kind][place] for kind, place in places]
+
+    def _write(self, batch: _Batch, strength: float, saved: torch.Tensor) -> None:
+        """Writes a batch and notes it. An interrupt may come before or after the call, but not within: the version
+        tells which."""
+        version = _version(batch)
+        try:
+            scatter_apply_batched(
+                batch.weights, batch.offsets, batch.indices, batch.values, strength, batch.additive, saved
+            )
+        finally:
+            if _version(batch) != version:
+                self._written.append((batch, saved))
+        for weight in batch.weights:
+            claim(weight, "ResidentAdapters")
 
     def _revert(self) -> None:
         """Gives the weights the base back. If it fails it can be called again."""
@@ -241,6 +263,8 @@ class ResidentAdapters:
             batch, saved = self._written[-1]
             scatter_apply_batched(batch.weights, batch.offsets, batch.indices, saved)
             self._written.pop()
+            for weight in batch.weights:
+                claim(weight, None)
 
     def _kept(self) -> dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """The entries of the base that the weights do not hold now: weight -> (indices, old entries)."""
@@ -249,6 +273,10 @@ class ResidentAdapters:
             for batch, saved in self._written
             for weight, place in zip(batch.weights, _places(batch.offsets), strict=True)
         }
+
+
+def _version(batch: _Batch) -> int:
+    return 0 if not batch.weights or batch.weights[0].is_inference() else batch.weights[0]._version
 
 
 def _places(offsets: torch.Tensor) -> list[slice]:
