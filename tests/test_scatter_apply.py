@@ -107,6 +107,23 @@ def test_replace_copies_bits_of_any_dtype(backend: Backend, dtype: torch.dtype) 
     assert torch.equal(bits(weight), before), "reverting gives every bit back"
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_torchs(backend: Backend, dtype: torch.dtype) -> None:
+    """Every number of the dtype, every midpoint between two, and their neighbours in float32."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    between = (numbers[1:].double() + numbers[:-1].double()).div(2).float()
+    exact = torch.cat([numbers, between]).view(torch.int32)
+    values = torch.cat([exact - 1, exact, exact + 1]).view(torch.float32)
+    values = values[~values.isnan()]
+    weight = torch.zeros(values.numel(), dtype=dtype, device=backend.device)
+    with backend.running():
+        indices = torch.arange(values.numel(), device=backend.device)
+        torch.ops.shira.scatter_apply(weight, indices, values.to(backend.device), 1.0, True)
+    assert torch.equal(weight.cpu().float(), values.to(dtype).float())
+
+
 FLOATS = st.floats(width=16, allow_nan=False)
 
 

@@ -21,19 +21,26 @@ _REFUSED_KEYS = {
 }
 
 
-def define(schema: str, *, fake: Callable, default: Callable) -> str:
-    """Declares an op that writes its arguments, and returns its name.
+def define(schema: str, *, fake: Callable, check: Callable, reference: Callable) -> Callable:
+    """Declares an op that writes its arguments, and returns its default kernel: `check`, then `reference`.
 
-    `default` becomes the kernel of every device that has no kernel of its own; a C++ kernel for a device takes
-    precedence whichever is registered first. `fake` checks what can be checked without data.
+    The default is the kernel of every device that has no kernel of its own; a C++ kernel for a device takes precedence
+    whichever is registered first. `fake` checks what can be checked without data.
     """
+
+    def default(*args: Any, **kwargs: Any) -> None:
+        check(*args, **kwargs)
+        python_calls["reference"] += 1
+        with torch.no_grad():
+            reference(*args, **kwargs)
+
     name = schema.split("(", 1)[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, default, "CompositeExplicitAutograd")
     for key, message in _REFUSED_KEYS.items():
         library.impl(name, _refusal(f"{NAMESPACE}::{name}: {message}"), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    return name
+    return default
 
 
 def _refusal(message: str) -> Callable[..., Any]:

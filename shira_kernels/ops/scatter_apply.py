@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from shira_kernels.ops import _checks
-from shira_kernels.ops._library import define, python_calls
+from shira_kernels.ops._library import define
 from shira_kernels.reference import scatter_apply as reference
 
 OP = "scatter_apply"
@@ -79,25 +79,12 @@ def check(
     return [tensor for _, tensor in written]
 
 
-def default(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    alpha: float = 1.0,
-    additive: bool = False,
-    saved: torch.Tensor | None = None,
-) -> None:
-    check(weight, indices, values, alpha, additive, saved)
-    python_calls["reference"] += 1
-    with torch.no_grad():
-        reference.scatter_apply(weight, indices, values, alpha, additive, saved)
-
-
-define(
+default = define(
     f"{OP}(Tensor(a!) weight, Tensor indices, Tensor values, float alpha=1.0, bool additive=False, "
     "Tensor(b!)? saved=None) -> ()",
     fake=fake,
-    default=default,
+    check=check,
+    reference=reference.scatter_apply,
 )
 
 
@@ -122,7 +109,10 @@ def scatter_apply(
 
     Raises:
         RuntimeError: naming the argument, before anything is written: wrong dtype, shape or device, shared memory,
-            an argument that requires grad outside `no_grad`; on the CPU, and on a GPU in checked mode, also indices
-            that are unsorted, repeated or outside the weight. A GPU kernel otherwise skips indices outside.
+            an argument that requires grad outside `no_grad`, torch.func transforms; on the CPU, and on a GPU in checked
+            mode, also indices that are unsorted, repeated or outside the weight. A GPU kernel otherwise skips indices
+            outside.
+
+    Tangents of forward-mode automatic differentiation are not updated.
     """
     torch.ops.shira.scatter_apply(weight, indices, values, alpha, additive, saved)

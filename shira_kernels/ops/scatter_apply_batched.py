@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from shira_kernels.ops import _checks
-from shira_kernels.ops._library import define, python_calls
+from shira_kernels.ops._library import define
 from shira_kernels.ops.scatter_apply import check_entries
 from shira_kernels.reference import scatter_apply_batched as reference
 
@@ -62,26 +62,12 @@ def check(
     return [tensor for _, tensor in written]
 
 
-def default(
-    weights: list[torch.Tensor],
-    offsets: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    alpha: float = 1.0,
-    additive: bool = False,
-    saved: torch.Tensor | None = None,
-) -> None:
-    check(weights, offsets, indices, values, alpha, additive, saved)
-    python_calls["reference"] += 1
-    with torch.no_grad():
-        reference.scatter_apply_batched(weights, offsets, indices, values, alpha, additive, saved)
-
-
-define(
+default = define(
     f"{OP}(Tensor(a!)[] weights, Tensor offsets, Tensor indices, Tensor values, float alpha=1.0, bool additive=False, "
     "Tensor(b!)? saved=None) -> ()",
     fake=fake,
-    default=default,
+    check=check,
+    reference=reference.scatter_apply_batched,
 )
 
 
