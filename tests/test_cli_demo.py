@@ -90,7 +90,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         "load",
         lambda domain, **_: corpus.Split(*[torch.tensor(list(letters[domain] * 100), dtype=torch.uint8)] * 2),
     )
-    effort = demo.Effort(steps={"cpp": 4, "prose": 4}, heldout_bytes=256, generated_bytes=5, switches=6)
+    effort = demo.Effort(steps={"cpp": 4, "prose": 4}, batch=4, heldout_bytes=256, generated_bytes=5, switches=6)
     monkeypatch.setattr(demo, "QUICK", effort)
     output, numbers = tmp_path / "deep" / "out", tmp_path / "numbers.json"
     assert run(monkeypatch, "demo", "--quick", "--output", output, "--json", numbers) == 0

@@ -30,7 +30,6 @@ CONFIG = shira.ShiraConfig("all-linear", mask="wm", density=0.01)
 PEAK_LR = 6e-2  # of values whose magnitudes are the largest of each weight
 BETAS = (0.7, 0.99)
 WARMUP_STEPS = 3
-BATCH = 16
 TRAIN_BYTES = 4_000_000  # read at most, of each domain that is trained on
 HELDOUT_BYTES = 262_144  # read at most, of each domain
 PROMPTS = ("/// Returns ", "This software ")
@@ -41,13 +40,14 @@ class Effort:
     """How much of everything."""
 
     steps: Mapping[str, int]  # of training, by adapter: prose, which the base half knows from docstrings, needs more
+    batch: int  # windows of 256 bytes a step
     heldout_bytes: int  # scored, of each domain
     generated_bytes: int  # after each prompt, with each adapter
     switches: int = 100
 
 
-FULL = Effort(steps={"cpp": 80, "prose": 120}, heldout_bytes=32_768, generated_bytes=160)
-QUICK = Effort(steps={"cpp": 20, "prose": 40}, heldout_bytes=8_192, generated_bytes=80)
+FULL = Effort(steps={"cpp": 80, "prose": 120}, batch=16, heldout_bytes=32_768, generated_bytes=160)
+QUICK = Effort(steps={"cpp": 20, "prose": 80}, batch=8, heldout_bytes=8_192, generated_bytes=80)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def run_demo(
     curves = {}
     with _progress(console) as progress:
         for name in ADAPTERS:
-            adapter, curves[name] = train(model, train_texts[name], effort.steps[name], seed, name, progress)
+            adapter, curves[name] = train(
+                model, train_texts[name], effort.steps[name], effort.batch, seed, name, progress
+            )
             adapter.save(output / f"{name}.safetensors")
 
     bank = shira.ResidentAdapters(model)
@@ -159,7 +161,7 @@ def run_demo(
 
 
 def train(
-    model: nn.Module, text: torch.Tensor, steps: int, seed: int, name: str, progress: Progress
+    model: nn.Module, text: torch.Tensor, steps: int, batch: int, seed: int, name: str, progress: Progress
 ) -> tuple[shira.Adapter, list[float]]:
     """Trains an adapter on `text` (uint8, 1-D) and leaves the model as it was; also the bits per byte of each batch."""
     handle = shira.attach(model, CONFIG)
@@ -171,7 +173,7 @@ def train(
     task = progress.add_task(f"training {name}", total=steps, note="")
     curve = []
     for _ in range(steps):
-        rows = base.random_windows(text, BATCH, generator)
+        rows = base.random_windows(text, batch, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=_has_bfloat16_products()):
             loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
