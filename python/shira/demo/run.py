@@ -47,7 +47,7 @@ class Effort:
 
 
 FULL = Effort(steps={"cpp": 80, "prose": 120}, batch=16, heldout_bytes=32_768, generated_bytes=160)
-QUICK = Effort(steps={"cpp": 20, "prose": 80}, batch=8, heldout_bytes=8_192, generated_bytes=80)
+QUICK = Effort(steps={"cpp": 24, "prose": 100}, batch=8, heldout_bytes=8_192, generated_bytes=80)
 
 
 @dataclass(frozen=True)
