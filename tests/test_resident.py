@@ -551,3 +551,15 @@ def test_wrong_arguments_are_named() -> None:
         bank.add(None, adapter)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="x: must be an AdapterTensor, got int"):
         shira.Adapter({"x": 3})  # type: ignore[dict-item]
+
+
+def test_a_model_made_in_inference_mode_gets_its_base_back() -> None:
+    with torch.inference_mode():
+        model = Model()
+        before = snapshot(model)
+        bank = shira.ResidentAdapters(model)
+        bank.add("x", make(model, 1))
+        bank.switch("x")
+        assert not same(snapshot(model), before)
+        bank.switch(None)
+        assert same(snapshot(model), before)

@@ -13,9 +13,9 @@ import torch
 
 from shira import io
 from shira.config import ShiraConfig
+from shira_kernels.bits import as_bits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +108,9 @@ class Adapter(Mapping[str, AdapterTensor]):
 def checksum_of(entries: torch.Tensor) -> str:
     """BLAKE2b, 16 bytes in hex, of the entries' little-endian bytes in order; equal only if every bit is.
 
-    entries: [nnz], contiguous, any dtype of 2, 4 or 8 bytes, any device.
+    entries: [nnz], contiguous, any dtype of 1, 2, 4 or 8 bytes, any device.
     """
-    array = entries.detach().cpu().view(_BITS[entries.element_size()]).numpy()
+    array = as_bits(entries.detach().cpu()).numpy()
     little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return hashlib.blake2b(little_endian.tobytes(), digest_size=16).hexdigest()
 

@@ -245,15 +245,17 @@ class ResidentAdapters:
 
     def _write(self, batch: _Batch, strength: float, saved: torch.Tensor) -> None:
         """Writes a batch and notes it. An interrupt may come before or after the call, but not within: the version
-        tells which."""
-        version = _version(batch)
+        tells which, where the weights have one (inference tensors have none)."""
+        version, noted = _version(batch), len(self._written)
         try:
             scatter_apply_batched(
                 batch.weights, batch.offsets, batch.indices, batch.values, strength, batch.additive, saved
             )
-        finally:
-            if _version(batch) != version:
+            self._written.append((batch, saved))
+        except BaseException:
+            if _version(batch) != version and len(self._written) == noted:
                 self._written.append((batch, saved))
+            raise
         for weight in batch.weights:
             claim(weight, "ResidentAdapters")
 
@@ -262,9 +264,9 @@ class ResidentAdapters:
         while self._written:
             batch, saved = self._written[-1]
             scatter_apply_batched(batch.weights, batch.offsets, batch.indices, saved)
-            self._written.pop()
             for weight in batch.weights:
                 claim(weight, None)
+            self._written.pop()
 
     def _kept(self) -> dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """The entries of the base that the weights do not hold now: weight -> (indices, old entries)."""
