@@ -140,9 +140,9 @@ def _triton_entry(op: str) -> Callable[..., Any]:
         written = definition.check(*args, **kwargs, contents=_check_gpu_indices or _triton_interprets())
         torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
         python_calls["triton"] += 1
-        # Triton launches on the current device, whatever the tensors' is.
-        on_gpu = bool(written) and written[0].is_cuda
-        with torch.cuda.device(written[0].device) if on_gpu else contextlib.nullcontext():
+        # Triton launches on the current device, whatever the tensors' is. Offsets may lie on the CPU.
+        gpu = next((tensor.device for tensor in _tensors((*args, *kwargs.values())) if tensor.is_cuda), None)
+        with contextlib.nullcontext() if gpu is None else torch.cuda.device(gpu):
             return launch(*args, **kwargs)
 
     return run

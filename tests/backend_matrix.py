@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +25,8 @@ class Backend:
         """As `backends.calls` names it."""
         return f"{self.name}/{self.isa}" if self.isa else self.name
 
-    @property
-    def missing(self) -> str:
-        """Why it cannot run here."""
+    def missing(self, op: str = "scatter_apply") -> str:
+        """Why it cannot run the op here."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "no GPU"
         if self.name == "triton" and importlib.util.find_spec("triton") is None:
@@ -37,9 +37,7 @@ class Backend:
             return f"C++ extension {backends.extension_reason}"
         if self.isa and self.isa not in backends.extension.runnable_isas():
             return f"this processor does not run {self.isa}"
-        if self.name == "cuda":
-            return backends.reason_unavailable("scatter_apply", "cuda")
-        return ""
+        return backends.reason_unavailable(op, self.name)
 
     @contextlib.contextmanager
     def running(self, times: int = 1) -> Iterator[None]:
@@ -61,14 +59,21 @@ BACKENDS = (
 )
 
 
-def _parameter(backend: Backend) -> object:
+def _parameter(backend: Backend, op: str) -> object:
     marks = [pytest.mark.gpu] if backend.device == "cuda" else []
-    if backend.missing:
-        marks.append(pytest.mark.skip(reason=backend.missing))
+    if reason := backend.missing(op):
+        marks.append(pytest.mark.skip(reason=reason))
     interpreted = "-interpreter" if backend.name == "triton" and backend.device == "cpu" else ""
     return pytest.param(
         backend, marks=marks, id=backend.kernel + interpreted + ("-gpu" if backend.device == "cuda" else "")
     )
 
 
-each_backend = pytest.mark.parametrize("backend", [_parameter(backend) for backend in BACKENDS])
+def each_backend_of(op: str) -> pytest.MarkDecorator:
+    """Runs a test on every backend that may have a kernel for the op; CUDA C++ only has some ops."""
+    has_cuda = (Path(__file__).parent.parent / f"csrc/cuda/{op}.cu").exists()
+    chosen = [backend for backend in BACKENDS if backend.name != "cuda" or has_cuda]
+    return pytest.mark.parametrize("backend", [_parameter(backend, op) for backend in chosen])
+
+
+each_backend = each_backend_of("scatter_apply")

@@ -12,7 +12,10 @@ from shira_kernels import backends
 GPU_BACKENDS = [Backend("triton", "cuda"), Backend("cuda", "cuda")]
 each_gpu_backend = pytest.mark.parametrize(
     "backend",
-    [pytest.param(b, id=b.name, marks=[pytest.mark.skip(reason=b.missing)] if b.missing else []) for b in GPU_BACKENDS],
+    [
+        pytest.param(b, id=b.name, marks=[pytest.mark.skip(reason=b.missing())] if b.missing() else [])
+        for b in GPU_BACKENDS
+    ],
 )
 pytestmark = pytest.mark.gpu
 

@@ -133,7 +133,7 @@ FLOATS = st.floats(width=16, allow_nan=False)
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
     alpha=st.sampled_from([1.0, 0.0, -0.5, 2.0]),
     additive=st.booleans(),
-    isa=st.sampled_from([backend.isa for backend in BACKENDS if backend.isa and not backend.missing] or [""]),
+    isa=st.sampled_from([backend.isa for backend in BACKENDS if backend.isa and not backend.missing()] or [""]),
 )
 def test_any_entries(
     entries: list[tuple[bool, float, float]],

@@ -13,32 +13,35 @@ library = torch.library.Library(NAMESPACE, "FRAGMENT")
 python_calls: Counter[str] = Counter()  # op calls by kernel, of the kernels that are Python: see backends.calls
 
 
-# Dispatch keys under which a kernel would get other tensors than the caller's, and write past them.
+# Dispatch keys under which a kernel that writes its arguments would get other tensors than the caller's, and write past
+# them. Functional ops need no such care: torch resolves lazy views and unwraps transforms before it calls them.
 _REFUSED_KEYS = {
-    "Negative": "weight, values and saved must not be lazily negated: use .resolve_neg()",
-    "Conjugate": "weight, values and saved must not be lazily conjugated: use .resolve_conj()",
-    "FuncTorchDynamicLayerFrontMode": "weight is written in place, which torch.func transforms cannot follow",
+    "Negative": "tensors must not be lazily negated: use .resolve_neg()",
+    "Conjugate": "tensors must not be lazily conjugated: use .resolve_conj()",
+    "FuncTorchDynamicLayerFrontMode": "writes in place, which torch.func transforms cannot follow",
 }
 
 
 def define(schema: str, *, fake: Callable, check: Callable, reference: Callable) -> Callable:
-    """Declares an op that writes its arguments, and returns its default kernel: `check`, then `reference`.
+    """Declares an op, and returns its default kernel: `check`, then `reference`, whose result is the op's.
 
     The default is the kernel of every device that has no kernel of its own; a C++ kernel for a device takes precedence
-    whichever is registered first. `fake` checks what can be checked without data.
+    whichever is registered first. `fake` checks what can be checked without data, and gives a functional op's result
+    without data.
     """
 
-    def default(*args: Any, **kwargs: Any) -> None:
+    def default(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         python_calls["reference"] += 1
         with torch.no_grad():
-            reference(*args, **kwargs)
+            return reference(*args, **kwargs)
 
-    name = schema.split("(", 1)[0]
+    name, signature = schema.split("(", 1)
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, default, "CompositeExplicitAutograd")
-    for key, message in _REFUSED_KEYS.items():
-        library.impl(name, _refusal(f"{NAMESPACE}::{name}: {message}"), key)
+    if "!" in signature:
+        for key, message in _REFUSED_KEYS.items():
+            library.impl(name, _refusal(f"{NAMESPACE}::{name}: {message}"), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     return default
 

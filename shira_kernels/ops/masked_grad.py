@@ -1,0 +1,105 @@
+"""masked_grad: the gradient of a linear layer's weight at listed entries only (a sampled dense-dense product).
+
+    result[e] = sum over tokens t of grad_output[t, row(e)] * x[t, col[e]],   row_ptr[row(e)] <= e < row_ptr[row(e) + 1]
+
+The entries are those of a weight [out, in] in CSR form: the gradient of `y = x @ weight.T`, of which the dense gradient
+would be `grad_output.T @ x`. Sums are in float32 (float64 for float64 operands) and are not rounded further.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from shira_kernels.ops import _checks
+from shira_kernels.ops._library import define
+from shira_kernels.reference import masked_grad as reference
+
+OP = "masked_grad"
+COLUMN_DTYPES = (torch.int32, torch.uint16)
+
+
+def fake(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
+    if x.dtype not in _checks.ARITHMETIC_DTYPES:
+        _checks.fail(OP, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if grad_output.dtype != x.dtype:
+        _checks.fail(OP, "grad_output", f"must be {x.dtype} like x, got {grad_output.dtype}")
+    if x.dim() == 0:
+        _checks.fail(OP, "x", "must have at least one dimension, [..., in]")
+    if grad_output.dim() != x.dim() or grad_output.shape[:-1] != x.shape[:-1]:
+        _checks.fail(
+            OP, "grad_output", f"must be [..., out] beside x [..., in] {tuple(x.shape)}, got {tuple(grad_output.shape)}"
+        )
+    for argument, tensor in (("grad_output", grad_output), ("x", x)):
+        if tensor.layout != torch.strided:
+            _checks.fail(OP, argument, f"must be a strided tensor, got {tensor.layout}")
+    if grad_output.device != x.device:
+        _checks.fail(OP, "grad_output", f"must be on {x.device} like x, got {grad_output.device}")
+    if row_ptr.dtype not in _checks.INDEX_DTYPES:
+        _checks.fail(OP, "row_ptr", f"must be int32 or int64, got {row_ptr.dtype}")
+    if col.dtype not in COLUMN_DTYPES:
+        _checks.fail(OP, "col", f"must be int32 or uint16, got {col.dtype}")
+    _checks.check_vector(OP, "row_ptr", row_ptr, x)
+    _checks.check_vector(OP, "col", col, x)
+    if row_ptr.shape[0] != grad_output.shape[-1] + 1:
+        _checks.fail(
+            OP,
+            "row_ptr",
+            f"must have one entry more than grad_output has columns ({grad_output.shape[-1] + 1}), "
+            f"got {row_ptr.shape[0]}",
+        )
+    return x.new_empty(col.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def check(
+    grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, *, contents: bool = True
+) -> list[torch.Tensor]:
+    """All that a kernel may rely on. Without `contents` the values of row_ptr and col stay unread."""
+    fake(grad_output, x, row_ptr, col)
+    _checks.check_autograd(OP, [], [("grad_output", grad_output), ("x", x)])
+    if contents:
+        borders, nnz, width = row_ptr.long(), col.shape[0], x.shape[-1]
+        first, last = int(borders[0]), int(borders[-1])
+        if first != 0 or last != nnz or bool((borders.diff() < 0).any()):
+            _checks.fail(
+                OP, "row_ptr", f"must rise from 0 to the number of entries ({nnz}), got from {first} to {last}"
+            )
+        columns = col.to(torch.int32)
+        rises = columns.diff() > 0
+        inner = borders[1:-1]
+        rises[inner[(inner > 0) & (inner < nnz)] - 1] = True  # a new row may begin anywhere
+        if not bool(rises.all()):
+            _checks.fail(OP, "col", "must be sorted and unique within each row")
+        if nnz and (int(columns.min()) < 0 or int(columns.max()) >= width):
+            wrong = int(columns.min()) if int(columns.min()) < 0 else int(columns.max())
+            _checks.fail(OP, "col", f"must lie in [0, {width}), got {wrong}")
+    return []
+
+
+default = define(
+    f"{OP}(Tensor grad_output, Tensor x, Tensor row_ptr, Tensor col) -> Tensor",
+    fake=fake,
+    check=check,
+    reference=reference.masked_grad,
+)
+
+
+def masked_grad(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
+    """The gradient of a linear layer's weight at listed entries: the same as `torch.ops.shira.masked_grad`.
+
+    Args:
+        grad_output: [..., out], the gradient of the layer's output; float64, float32, bfloat16 or float16.
+        x: [..., in], the layer's input, in the dtype and with the leading shape of `grad_output`.
+        row_ptr: [out + 1] int32 or int64: the entries of row r are those from row_ptr[r] to row_ptr[r + 1].
+        col: [nnz] int32 or uint16, the column of each entry, sorted and unique within a row.
+
+    Returns:
+        [nnz] float32 (float64 for float64 operands): the entries of `grad_output.T @ x` over the flattened leading
+        dimensions, rounded nowhere but in the sum.
+
+    Raises:
+        RuntimeError: naming the argument: wrong dtype, shape or device, operands that require grad outside `no_grad`
+            (the op is not differentiable); on the CPU, and on a GPU in checked mode, also a row_ptr that does not rise
+            from 0 to nnz and columns that are unsorted, repeated or outside. A GPU kernel otherwise reads nothing
+            outside its operands.
+    """
+    return torch.ops.shira.masked_grad(grad_output, x, row_ptr, col)
