@@ -1,13 +1,13 @@
 """Which kernel an op runs, on which device, and why others do not.
 
     reference   plain PyTorch, everywhere
-    cpu         C++, code for base, avx2 and avx512 in one build, the best picked at run time
+    cpu         C++, code for base, avx2, avx512 and avx512_bf16 in one build, the best picked at run time
     triton      Triton on NVIDIA and AMD GPUs; on CPU tensors under TRITON_INTERPRET=1
     cuda        CUDA C++ on NVIDIA GPUs
 
-`SHIRA_CPU_ISA` (auto, base, avx2, avx512) and `SHIRA_GPU_BACKEND` (auto, triton, cuda) force one for the process; a
-forced one that cannot run is an error at import. `SHIRA_CHECK_INDICES=1` makes GPU kernels refuse wrong indices, which
-costs a wait for the GPU at each call. docs/environment.md lists all variables.
+`SHIRA_CPU_ISA` (auto, base, avx2, avx512, avx512_bf16) and `SHIRA_GPU_BACKEND` (auto, triton, cuda) force one for the
+process; a forced one that cannot run is an error at import. `SHIRA_CHECK_INDICES=1` makes GPU kernels refuse wrong
+indices, which costs a wait for the GPU at each call. docs/environment.md lists all variables.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shira_kernels.ops import OPS
 from shira_kernels.ops._library import NAMESPACE, library, python_calls
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-CPU_ISAS = ("base", "avx2", "avx512")
+CPU_ISAS = ("base", "avx2", "avx512", "avx512_bf16")
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -226,20 +226,24 @@ def checked() -> Iterator[None]:
 def _choose_gpu_backend() -> dict[str, str]:
     """op -> the backend of the CUDA dispatch key (AMD GPUs have it too); registers Triton where it is chosen."""
     wanted = _environment("SHIRA_GPU_BACKEND", ("auto", "triton", "cuda"))
+    with_cuda = set(extension.cuda_ops()) if extension is not None else set()
+    if wanted == "cuda" and not with_cuda:
+        raise RuntimeError("SHIRA_GPU_BACKEND=cuda, but there are no CUDA C++ kernels in this build")
     choice = {}
     for op in OPS:
-        order = ("cuda", "triton") if wanted == "auto" else (wanted,)
         # Not reason_unavailable: a GPU may come later than the import, and asking for one would touch it.
-        possible = {
-            "cuda": extension is not None and op in extension.cuda_ops(),
-            "triton": importlib.util.find_spec("triton") is not None
-            and importlib.util.find_spec(f"shira_kernels.triton.{op}") is not None,
-        }
-        choice[op] = next((backend for backend in order if possible[backend]), "reference")
-        if wanted != "auto" and choice[op] != wanted:
-            raise RuntimeError(
-                f"SHIRA_GPU_BACKEND={wanted}, but shira::{op} cannot run on it: {wanted} is not available"
-            )
+        has_triton = (
+            importlib.util.find_spec("triton") is not None
+            and importlib.util.find_spec(f"shira_kernels.triton.{op}") is not None
+        )
+        if op in with_cuda and wanted != "triton":
+            choice[op] = "cuda"
+        elif has_triton:
+            choice[op] = "triton"
+        elif wanted == "triton":
+            raise RuntimeError(f"SHIRA_GPU_BACKEND=triton, but shira::{op} cannot run on it: triton is not installed")
+        else:
+            choice[op] = "reference"
         if choice[op] == "triton":
             library.impl(op, _triton_entry(op), "CUDA", allow_override=True)
     return choice

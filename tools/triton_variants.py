@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from shira_kernels.triton import _math
+from shira_kernels.triton import _math, masked_grad
 from shira_kernels.triton.scatter_apply import BLOCK, scatter_apply_kernel
 from shira_kernels.triton.scatter_apply_batched import scatter_apply_batched_kernel
 
@@ -22,7 +22,37 @@ PAIRS = {
 }
 
 
-def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+Variant = tuple[Any, dict[str, str], dict[str, Any]]
+
+
+def variants() -> Iterator[Variant]:
+    yield from scatter_variants()
+    yield from masked_grad_variants()
+
+
+def masked_grad_variants() -> Iterator[Variant]:
+    kinds = {"fp64": 8, "fp32": 4, "i16": 2, "fp16": 2}
+    for kind, row_ptr, col in itertools.product(kinds, ("i32", "i64"), ("u16", "i32")):
+        constants = {
+            "STEPS": 13,
+            "WIDEN": False,
+            "ROWS": masked_grad.ROWS,
+            "COLUMNS": masked_grad.COLUMNS,
+            "TOKENS": masked_grad.TOKENS[kinds[kind]],
+            "PICKED": masked_grad.PICKED,
+        }
+        signature = {
+            **dict.fromkeys(("grad_output", "x"), f"*{kind}"),
+            "row_ptr": f"*{row_ptr}",
+            "col": f"*{col}",
+            "sums": "*fp64" if kind == "fp64" else "*fp32",
+            **dict.fromkeys(("tokens", "rows", "columns", "nnz"), "i64"),
+            **dict.fromkeys(constants, "constexpr"),
+        }
+        yield masked_grad.masked_grad_kernel, signature, constants
+
+
+def scatter_variants() -> Iterator[Variant]:
     for mode, index, keep in itertools.product(MODES, ("i32", "i64"), (False, True)):
         for weight, value in PAIRS[mode]:
             vectors = {"indices": f"*{index}", "values": f"*{value}", "saved": f"*{weight}", "nnz": "i64"}

@@ -12,8 +12,10 @@ std::vector<std::string> runnable_isas() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
     names.push_back("avx2");
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl")) {
       names.push_back("avx512");
+      if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
+    }
   }
 #endif
   return names;
@@ -21,18 +23,25 @@ std::vector<std::string> runnable_isas() {
 
 static const CpuKernels& kernels_of(const std::string& isa) {
 #if defined(__x86_64__)
+  if (isa == "avx512_bf16") {
+    static const CpuKernels with_bf16 = [] {
+      CpuKernels kernels = avx512_kernels;
+      kernels.name = "avx512_bf16";
+      kernels.masked_grad = avx512_bf16_masked_grad;
+      return kernels;
+    }();
+    return with_bf16;
+  }
   if (isa == "avx512") return avx512_kernels;
   if (isa == "avx2") return avx2_kernels;
 #endif
   return base_kernels;
 }
 
-// Of base, avx2 and avx512.
-static std::atomic<int64_t> calls[3];
-
 static std::atomic<int64_t>& calls_of(const CpuKernels& kernels) {
+  static std::atomic<int64_t> base, avx2, avx512, avx512_bf16;
   const std::string name = kernels.name;
-  return calls[name == "avx512" ? 2 : name == "avx2" ? 1 : 0];
+  return name == "avx512_bf16" ? avx512_bf16 : name == "avx512" ? avx512 : name == "avx2" ? avx2 : base;
 }
 
 void count_call(const CpuKernels& kernels) { calls_of(kernels).fetch_add(1, std::memory_order_relaxed); }

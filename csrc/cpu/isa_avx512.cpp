@@ -2,8 +2,10 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))), \
                              apply_to = function)
@@ -11,6 +13,7 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 #define SHIRA_ISA avx512
+#define SHIRA_VECTOR_BYTES 64
 #include "isa.h"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -21,16 +21,16 @@ bool is_leaf(const Tensor& tensor) { return to<bool>(call<1>("aten::is_leaf", {f
 // In grad mode. The stable ABI does not tell, but an alias is a leaf exactly if its source does not require grad.
 bool requires_grad(const Tensor& tensor) { return !is_leaf(to<Tensor>(call<1>("aten::alias", {from(tensor)}))); }
 
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return text + (tensor.dim() == 1 ? ",)" : ")");
-}
-
 }  // namespace
 
 void fail(const char* op, const std::string& argument, const std::string& message) {
   throw std::runtime_error("shira::" + std::string(op) + ": " + argument + " " + message);
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + (tensor.dim() == 1 ? ",)" : ")");
 }
 
 int32_t dtype_of(const Tensor& tensor) {

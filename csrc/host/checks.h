@@ -21,6 +21,7 @@ struct Argument {
 int32_t dtype_of(const Tensor& tensor);
 Element element_of(int32_t dtype);
 std::string dtype_name(int32_t dtype);
+std::string shape_of(const Tensor& tensor);
 
 bool same_device(const Tensor& a, const Tensor& b);
 

@@ -6,6 +6,7 @@ interpreter. Launch with `enable_fp_fusion=False`: each operation rounds on its 
 
 from __future__ import annotations
 
+import os
 import struct
 
 import torch
@@ -22,6 +23,11 @@ ADD = tl.constexpr(2)
 def as_kernel_type(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, flat, in the type that kernels compute from: bfloat16 as its bits."""
     return as_bits(tensor) if tensor.dtype == torch.bfloat16 else tensor.view(-1)
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def float_bits(number: float) -> int:
