@@ -158,6 +158,7 @@ def table(cases: list[Case]) -> list[str]:
         "of byte bound",
     ]
     columns += ["host"] if on_gpu else []
+    columns += ["steps/s", "trained", "peak memory over the floor"] if is_training(cases) else []
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for case in cases:
         for name, side in case.sides.items():
@@ -177,8 +178,20 @@ def table(cases: list[Case]) -> list[str]:
             shares = [f"{side['gb_per_s']:.1f}", f"{side['share_of_copy']:.0%}", f"{side['share_of_byte_bound']:.0%}"]
             cells += shares if case.info["slots"] > 1 else [""] * len(shares)
             cells += [format_time(side["host_us"]) if side["host_us"] else ""] if on_gpu else []
+            if is_training(cases):
+                cells += [f"{1e6 / side['median_us']:.3f}", f"{case.info['trained'][name]:,}", memory(case, name)]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def is_training(cases: list[Case]) -> bool:
+    return "peak_bytes" in cases[0].info
+
+
+def memory(case: Case, name: str) -> str:
+    """The peak memory of a side above that of the floor."""
+    peaks = case.info["peak_bytes"]
+    return f"{(peaks[name] - peaks[case.info['floor']]) / 1e6:+.0f} MB"
 
 
 def markdown(runs: list[Run], pictures: dict[str, str]) -> str:
@@ -271,6 +284,24 @@ def draw_sweep(group: str, cases: list[Case]) -> bytes:
     return png(figure)
 
 
+def draw_training(group: str, cases: list[Case]) -> bytes:
+    """Points: steps per second over the peak memory above the floor's, one for each side."""
+    figure, grid = plt.subplots(1, len(cases), figsize=(7.5 * len(cases), 4.5), squeeze=False, layout="constrained")
+    for axes, case in zip(grid.flat, cases, strict=True):
+        peaks = case.info["peak_bytes"]
+        for name, side in case.sides.items():
+            point = ((peaks[name] - peaks[case.info["floor"]]) / 1e6, 1e6 / side["median_us"])
+            axes.plot(*point, marker="*" if name == case.info["ours"] else "o", markersize=12, linestyle="none")
+            axes.annotate(name, point, xytext=(8, 6), textcoords="offset points")
+        axes.margins(0.18)
+        axes.set_title(case.label)
+        axes.set_xlabel(f"peak memory over {case.info['floor']}, MB (less is better)")
+        axes.set_ylabel("steps per second (more is better)")
+        axes.grid(alpha=0.3)
+    figure.suptitle(group)
+    return png(figure)
+
+
 def png(figure: plt.Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
@@ -289,7 +320,11 @@ def main(arguments: list[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         pictures = {}
         for group, cases in groups(runs).items():
-            draw: Callable[[str, list[Case]], bytes] = draw_sweep if "sweep" in cases[0].info else draw_ratios
+            draw: Callable[[str, list[Case]], bytes] = draw_ratios
+            if is_training(cases):
+                draw = draw_training
+            elif "sweep" in cases[0].info:
+                draw = draw_sweep
             pictures[group] = re.sub(r"[^a-z0-9]+", "-", group.lower()).strip("-") + ".png"
             write_atomically(options.output / pictures[group], draw(group, cases))
         write_atomically(options.output / "report.md", markdown(runs, pictures).encode())
