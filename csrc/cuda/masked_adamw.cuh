@@ -18,8 +18,7 @@
 
 namespace shira {
 
-struct AdamWTarget {
-  WeightTarget weight;
+struct AdamWTarget : WeightTarget {
   const void* grad;
   int64_t compact;  // the number of entries of a compact gradient; -1 for one of the weight's shape
 };
@@ -59,12 +58,12 @@ __global__ void __launch_bounds__(kThreads)
     if (i >= batch.end) continue;
     const AdamWTarget* target = target_of(batch, i);
     const auto index = static_cast<int64_t>(indices[i]);
-    if (target == nullptr || index < 0 || index >= target->weight.numel) continue;
+    if (target == nullptr || index < 0 || index >= target->numel) continue;
     const bool dense = target->compact < 0;
     const auto part = static_cast<int>(target - batch.targets) + batch.first;
-    const int64_t at = dense ? index : i - begin_of(target->weight, batch.offsets, part);
+    const int64_t at = dense ? index : i - begin_of(*target, batch.offsets, part);
     if (at < 0 || (!dense && at >= target->compact)) continue;
-    entries[k] = static_cast<T*>(target->weight.weight) + index;
+    entries[k] = static_cast<T*>(target->weight) + index;
     g[k] = static_cast<C>(cuda::widen(static_cast<const G*>(target->grad)[at]));
     m[k] = arena.exp_avg[i];
     v[k] = arena.exp_avg_sq[i];
