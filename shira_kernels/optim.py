@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import ne
 from typing import Any, Protocol
 
 import torch
@@ -397,18 +398,17 @@ def _start(parts: list[_Part], group: dict[str, Any]) -> None:
                 part.state["base"] = entries.clone()
 
 
-def _runs(parts: list[_Part], adjacent: bool) -> Iterable[list[_Part]]:
+def _runs(parts: list[_Part], adjacent: bool) -> list[list[_Part]]:
     """Cuts the parts where the number of steps differs or (`adjacent`) where parameters do not lie side by side."""
-    run: list[_Part] = []
-    for part in parts:
-        if run and (
-            part.state["step"] != run[0].state["step"]
-            or (adjacent and _joined([run[-1].parameter, part.parameter]) is None)
-        ):
-            yield run
-            run = []
-        run.append(part)
-    yield run
+    steps = [part.state["step"].item() for part in parts]
+    if len(set(steps)) == 1 and not (adjacent and _joined([part.parameter for part in parts]) is None):
+        return [parts]
+    runs = [parts[:1]]
+    for before, part, steps_differ in zip(parts, parts[1:], map(ne, steps, steps[1:]), strict=False):
+        if steps_differ or (adjacent and _joined([before.parameter, part.parameter]) is None):
+            runs.append([])
+        runs[-1].append(part)
+    return runs
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
@@ -416,14 +416,16 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
     full = [tensor for tensor in tensors if tensor.numel()]
     if not full:
         return tensors[0].detach()
-    first, end = full[0], full[0].data_ptr()
-    storage = first.untyped_storage().data_ptr()
+    first = full[0]
+    end = begin = first.data_ptr()
     for tensor in full:
-        if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != storage or not tensor.is_contiguous():
+        if tensor.data_ptr() != end or not tensor.is_contiguous():
             return None
-        end += tensor.numel() * tensor.element_size()
-    length = (end - first.data_ptr()) // first.element_size()
-    return first.detach().as_strided((length,), (1,))
+        end += tensor.nbytes
+    storage = first.untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():
+        return None  # two allocations that happen to meet
+    return first.detach().as_strided(((end - begin) // first.element_size(),), (1,))
 
 
 def _arena(run: list[_Part], name: str) -> torch.Tensor:
