@@ -32,8 +32,9 @@ def extension_arguments() -> dict:
     with_cuda = mode == "cuda" or (mode == "auto" and torch.version.cuda is not None and has_nvcc)
     sources = ["csrc/bindings.cpp", *map(str, sorted(Path("csrc").glob("[ch]*/*.cpp")))]
     # Each operation rounds on its own, on every backend; only functions in SHIRA_ISA namespaces use wider instructions.
+    # Square roots need not set errno, so they are vectorised.
     macros: list = []
-    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-g0"]
+    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-g0"]
     nvcc = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr"]
     if with_cuda:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")

@@ -1,9 +1,19 @@
 """Kernels for sparse high-rank adapters, as torch.library ops in the namespace `shira`."""
 
 from shira_kernels import backends
+from shira_kernels.ops.masked_adamw import masked_adamw
 from shira_kernels.ops.masked_grad import masked_grad
 from shira_kernels.ops.scatter_apply import scatter_apply
 from shira_kernels.ops.scatter_apply_batched import scatter_apply_batched
+from shira_kernels.optim import ShiraAdamW
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "backends", "masked_grad", "scatter_apply", "scatter_apply_batched"]
+__all__ = [
+    "ShiraAdamW",
+    "__version__",
+    "backends",
+    "masked_adamw",
+    "masked_grad",
+    "scatter_apply",
+    "scatter_apply_batched",
+]

@@ -140,3 +140,72 @@ def test_same_bits_each_time(backend: Backend) -> None:
         results.append(torch.cat([bits(copy) for copy in copies]))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def adamw_arguments() -> tuple:
+    """A model with compact and dense gradients, and everything, the step too, on the GPU."""
+    weights, offsets, indices, grad = model()
+    compact, _, last = grad.split(offsets.diff().tolist())
+    grads = [compact, torch.linspace(-1, 1, weights[1].numel(), device="cuda"), last]
+    states = [torch.zeros_like(grad) for _ in range(2)]
+    master, step = torch.ones_like(grad), torch.ones((), device="cuda")
+    return weights, offsets, indices, grads, *states, master, step, 1e-2, 0.9, 0.999, 1e-8, 0.1
+
+
+@each_gpu_backend
+def test_a_replayed_step_of_adamw_reads_the_step_that_is_there_then(backend: Backend) -> None:
+    arguments, expected = adamw_arguments(), adamw_arguments()
+    run = backends.kernel("masked_adamw", backend.name)
+    run(*adamw_arguments())  # warms up
+    run(*arguments)  # and this one's tables
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(*arguments)
+    for step in range(2, 6):
+        arguments[7].fill_(step)
+        graph.replay()
+    with backends.use("reference"):
+        for step in range(1, 6):
+            torch.ops.shira.masked_adamw(*expected[:7], torch.tensor(float(step)), *expected[8:])
+    torch.cuda.synchronize()
+    for got, want in zip((*arguments[0], *arguments[4:7]), (*expected[0], *expected[4:7]), strict=True):
+        assert torch.equal(bits(got), bits(want))
+
+
+@each_gpu_backend
+def test_adamw_touches_nothing_outside_whatever_the_indices(backend: Backend) -> None:
+    block = torch.full((3, 10_000), 7.0, device="cuda")
+    weight, around = block[1], block[[0, 2]].clone()
+    indices = torch.tensor([-(2**40), -10_000, -1, 10_000, 19_999, 2**40], device="cuda")
+    states = [torch.zeros(6, device="cuda") for _ in range(3)]
+    for offsets in ([0, 6, 6], [0, -5, 6], [9, 2, 6]):
+        for size in (0, 3, 5000):
+            grads = [torch.ones(size, device="cuda"), torch.ones(5000, device="cuda")]
+            with backend.running():
+                torch.ops.shira.masked_adamw(
+                    [weight[:5000], weight[5000:]], torch.tensor(offsets, device="cuda"), indices, grads, *states,
+                    torch.tensor(1.0), 1e-2, 0.9, 0.999, 1e-8, 0.1,
+                )  # fmt: skip
+    torch.cuda.synchronize()
+    assert torch.equal(block[[0, 2]], around)
+
+
+@each_gpu_backend
+def test_adamw_of_more_weights_than_one_launch_holds(backend: Backend) -> None:
+    indices = torch.full((2000,), 2, dtype=torch.int32, device="cuda")
+    results = []
+    for device in ("cpu", "cuda"):
+        weights = [torch.ones(4, device="cuda") for _ in range(2000)]
+        grads = list(torch.arange(1.0, 2001.0, device="cuda").split(1))
+        states = [torch.zeros(2000, device="cuda") for _ in range(2)]
+        with backends.checked(), backend.running():
+            torch.ops.shira.masked_adamw(
+                weights, torch.arange(2001, device=device), indices, grads, *states, None,
+                torch.tensor(1.0), 1e-2, 0.9, 0.999, 1e-8, 0.0,
+            )  # fmt: skip
+        results.append(torch.stack(weights))
+        torch.testing.assert_close(states[0], torch.cat(grads) * 0.1)
+    assert torch.equal(*results)
+    assert (results[0][:, 2] < 1).all()
+    assert (results[0][:, [0, 1, 3]] == 1).all()

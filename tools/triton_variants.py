@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shira_kernels.triton import _math, masked_grad
+from shira_kernels.triton import masked_adamw as adamw
 from shira_kernels.triton.scatter_apply import BLOCK, scatter_apply_kernel
 from shira_kernels.triton.scatter_apply_batched import scatter_apply_batched_kernel
 
@@ -28,6 +29,7 @@ Variant = tuple[Any, dict[str, str], dict[str, Any]]
 def variants() -> Iterator[Variant]:
     yield from scatter_variants()
     yield from masked_grad_variants()
+    yield from adamw_variants()
 
 
 def masked_grad_variants() -> Iterator[Variant]:
@@ -82,3 +84,25 @@ def scatter_variants() -> Iterator[Variant]:
                 },
                 constants,
             )
+
+
+def adamw_variants() -> Iterator[Variant]:
+    pairs = [("fp64", "fp64"), ("fp64", "fp32"), ("fp32", "fp32"), ("i16", "i16"), ("i16", "fp32"), ("fp16", "fp32")]
+    for (weight, grad), index, master in itertools.product(pairs, ("i32", "i64"), (False, True)):
+        compute = "fp64" if weight == "fp64" else "fp32"
+        constants = {"STEPS": 8, "MASTER": master, "STEP_ON_DEVICE": master, "BLOCK": adamw.BLOCK}
+        signature = {
+            "table": "*i64",
+            "offsets": "*i64",
+            "indices": f"*{index}",
+            **dict.fromkeys(("exp_avg", "exp_avg_sq", "master"), f"*{compute}"),
+            "step": "*fp32",
+            "step_count": "i64",
+            "element": f"*{weight}",
+            "grad_element": f"*{grad}",
+            "count": "i32",
+            "nnz": "i64",
+            **dict.fromkeys((f"{name}_bits" for name in ("lr", "beta1", "beta2", "eps", "weight_decay")), "i64"),
+            **dict.fromkeys(constants, "constexpr"),
+        }
+        yield adamw.masked_adamw_kernel, signature, constants

@@ -1,4 +1,5 @@
 // Kernels for x86-64 processors with AVX2; other functions here are compiled for every processor.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

@@ -1,4 +1,5 @@
 // Kernels for every processor.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../shared/adamw_form.h"
 #include "../shared/scatter_form.h"
 
 namespace shira {
@@ -52,11 +53,25 @@ struct MaskedGrad {
 };
 
 using ChooseMaskedGrad = MaskedGrad (*)(Element operand, bool wide_col);
+// One run of the sorted list of one weight. The pointers but `weight` and a dense `grad` are at the run's first entry.
+struct AdamWRun {
+  void* weight;
+  const void* indices;
+  const void* grad;
+  bool dense;  // whether grad has the weight's shape
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* master;  // null where there is none
+  int64_t count;
+};
+
+using MaskedAdamW = void (*)(const AdamWRun&, const AdamWNumbers&, int64_t step);
 
 struct CpuKernels {
   const char* name;
   ScatterApply (*scatter_apply)(const ScatterForm&);
   ChooseMaskedGrad masked_grad;  // wide_col: int32 rather than uint16
+  MaskedAdamW (*masked_adamw)(const AdamWForm&);
   // Whether count indices (int64 where wide, else int32) are strictly rising.
   bool (*strictly_rising)(const void* indices, int64_t count, bool wide);
 };

@@ -61,6 +61,12 @@ std::string dtype_name(int32_t dtype) {
   return "dtype " + std::to_string(dtype);
 }
 
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
 bool same_device(const Tensor& a, const Tensor& b) {
   int32_t type_a, type_b;
   check_status(aoti_torch_get_device_type(a.get(), &type_a), "aoti_torch_get_device_type");
@@ -111,6 +117,29 @@ void check_borders(const char* op, const int64_t* borders, int64_t weights, int6
     fail(op, "offsets",
          "must rise from 0 to the number of indices (" + std::to_string(nnz) + "), got from " +
              std::to_string(borders[0]) + " to " + std::to_string(borders[weights]));
+}
+
+std::vector<WeightPart> check_parts(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
+                                    const Tensor& indices) {
+  const auto count = static_cast<int64_t>(weights.size());
+  const int64_t* borders = check_offsets(op, offsets, count, indices.numel(), count ? &weights[0] : nullptr);
+  std::vector<WeightPart> parts;
+  parts.reserve(weights.size());
+  for (int64_t i = 0; i < count; ++i)
+    parts.push_back(
+        {weights[i], "weights[" + std::to_string(i) + "]", borders ? borders[i] : 0, borders ? borders[i + 1] : 0});
+  return parts;
+}
+
+void check_weights(const char* op, const std::vector<WeightPart>& parts, const Tensor& indices) {
+  for (const WeightPart& part : parts) {
+    const int32_t dtype = dtype_of(parts[0].weight);
+    if (dtype_of(part.weight) != dtype)
+      fail(op, part.name,
+           "must be " + dtype_name(dtype) + " like weights[0], got " + dtype_name(dtype_of(part.weight)));
+    if (!same_device(part.weight, indices)) fail(op, part.name, "must be on the device of indices");
+    if (!part.weight.is_contiguous()) fail(op, part.name, "must be contiguous");
+  }
 }
 
 void check_overlap(const char* op, const std::vector<Argument>& written, const std::vector<Argument>& read) {

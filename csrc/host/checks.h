@@ -16,6 +16,13 @@ struct Argument {
   const Tensor& tensor;
 };
 
+// One weight and its part [begin, end) of the sorted lists; both are 0 where the offsets are on a device, unread.
+struct WeightPart {
+  const Tensor& weight;
+  std::string name;
+  int64_t begin, end;
+};
+
 [[noreturn]] void fail(const char* op, const std::string& argument, const std::string& message);
 
 int32_t dtype_of(const Tensor& tensor);
@@ -35,6 +42,16 @@ void check_vector(const char* op, const char* argument, const Tensor& tensor, co
 // device of `like` (if there is one) they stay unread and null is returned.
 const int64_t* check_offsets(const char* op, const Tensor& offsets, int64_t weights, int64_t nnz, const Tensor* like);
 void check_borders(const char* op, const int64_t* borders, int64_t weights, int64_t nnz);
+
+// The weights of a batch with their parts, the offsets checked.
+std::vector<WeightPart> check_parts(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
+                                    const Tensor& indices);
+
+// All weights are of the dtype of the first, on the device of `indices`, and contiguous.
+void check_weights(const char* op, const std::vector<WeightPart>& parts, const Tensor& indices);
+
+// "(2, 3)", as Python writes a shape.
+std::string shape_of(const Tensor& tensor);
 
 // No tensor of `written` shares memory with any other of either list. All are contiguous.
 void check_overlap(const char* op, const std::vector<Argument>& written, const std::vector<Argument>& read);

@@ -2,7 +2,7 @@
 
 namespace shira {
 
-ScatterCall check_scatter(const char* op, std::vector<ScatterPart> parts, const Tensor* offsets, const Tensor& indices,
+ScatterCall check_scatter(const char* op, std::vector<WeightPart> parts, const Tensor* offsets, const Tensor& indices,
                           const Tensor& values, double alpha, bool additive, const std::optional<Tensor>& saved) {
   const bool wide = check_indices(op, indices);
   check_vector(op, "values", values, indices);
@@ -25,14 +25,8 @@ ScatterCall check_scatter(const char* op, std::vector<ScatterPart> parts, const 
     if (form.mode != Mode::Replace && form.weight == Element::Other)
       fail(op, parts[0].name,
            "must be floating point unless entries are replaced at alpha 1, got " + dtype_name(dtype));
-    for (const ScatterPart& part : parts) {
-      if (dtype_of(part.weight) != dtype)
-        fail(op, part.name,
-             "must be " + dtype_name(dtype) + " like weights[0], got " + dtype_name(dtype_of(part.weight)));
-      if (!same_device(part.weight, indices)) fail(op, part.name, "must be on the device of indices");
-      if (!part.weight.is_contiguous()) fail(op, part.name, "must be contiguous");
-      written.push_back({part.name, part.weight});
-    }
+    check_weights(op, parts, indices);
+    for (const WeightPart& part : parts) written.push_back({part.name, part.weight});
     if (value_dtype != dtype && !(additive && form.value == Element::Float32))
       fail(op, "values",
            "must be " + dtype_name(dtype) + (additive ? " or float32" : " like the weight") + ", got " +
@@ -49,18 +43,12 @@ ScatterCall check_scatter(const char* op, std::vector<ScatterPart> parts, const 
 ScatterCall check_scatter_batched(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
                                   const Tensor& indices, const Tensor& values, double alpha, bool additive,
                                   const std::optional<Tensor>& saved) {
-  const auto count = static_cast<int64_t>(weights.size());
-  const int64_t* borders = check_offsets(op, offsets, count, indices.numel(), count ? &weights[0] : nullptr);
-  std::vector<ScatterPart> parts;
-  parts.reserve(weights.size());
-  for (int64_t i = 0; i < count; ++i)
-    parts.push_back(
-        {weights[i], "weights[" + std::to_string(i) + "]", borders ? borders[i] : 0, borders ? borders[i + 1] : 0});
-  return check_scatter(op, std::move(parts), &offsets, indices, values, alpha, additive, saved);
+  return check_scatter(op, check_parts(op, weights, offsets, indices), &offsets, indices, values, alpha, additive,
+                       saved);
 }
 
 void announce_writes(const ScatterCall& call) {
-  for (const ScatterPart& part : call.parts) announce_write(call.op, {part.name, part.weight});
+  for (const WeightPart& part : call.parts) announce_write(call.op, {part.name, part.weight});
   if (call.saved) announce_write(call.op, {"saved", *call.saved});
 }
 

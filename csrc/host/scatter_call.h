@@ -9,16 +9,9 @@
 
 namespace shira {
 
-// One weight and its part [begin, end) of the sorted lists; both are 0 where the offsets are on a device, unread.
-struct ScatterPart {
-  const Tensor& weight;
-  std::string name;
-  int64_t begin, end;
-};
-
 struct ScatterCall {
   const char* op;
-  std::vector<ScatterPart> parts;
+  std::vector<WeightPart> parts;
   const Tensor* offsets;  // null for scatter_apply
   const Tensor& indices;
   const Tensor& values;
@@ -28,7 +21,7 @@ struct ScatterCall {
 };
 
 // Checks everything that needs no index value. The result refers to the arguments.
-ScatterCall check_scatter(const char* op, std::vector<ScatterPart> parts, const Tensor* offsets, const Tensor& indices,
+ScatterCall check_scatter(const char* op, std::vector<WeightPart> parts, const Tensor* offsets, const Tensor& indices,
                           const Tensor& values, double alpha, bool additive, const std::optional<Tensor>& saved);
 
 ScatterCall check_scatter_batched(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,

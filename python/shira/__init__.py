@@ -6,6 +6,7 @@ from shira.attach import Handle, attach
 from shira.config import ShiraConfig
 from shira.io import AdapterFormatError
 from shira.resident import ResidentAdapters
+from shira_kernels import ShiraAdamW
 
 __all__ = [
     "Adapter",
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterTensor",
     "Handle",
     "ResidentAdapters",
+    "ShiraAdamW",
     "ShiraConfig",
     "attach",
     "masks",

@@ -1,4 +1,5 @@
-"""Per-element math of the Triton kernels; the same formulas and names as csrc/shared/element.h.
+"""Per-element math of the Triton kernels; the same formulas and names as csrc/shared/element.h and
+adamw.h.
 
 Kernels get bfloat16 as int16 bits and convert here, so the result is rounded to nearest on every version and under the
 interpreter. Launch with `enable_fp_fusion=False`: each operation rounds on its own.
@@ -71,3 +72,58 @@ def update(w, v, alpha_bits, MODE: tl.constexpr):
             return narrow(old + (new - old) * alpha, w.dtype)
         else:
             return narrow(old + new * alpha, w.dtype)
+
+
+@triton.jit
+def float_of(bits):
+    """The float64 whose bits `float_bits` gave."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def square_root(x):
+    """Rounded to nearest; the float32 `tl.sqrt` is an approximation on some GPUs."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def divide(x, y):
+    """Rounded to nearest; the float32 `/` is an approximation on some GPUs."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def power(beta, step):
+    """beta^step by squaring: multiplications round alike on every device, which pow does not."""
+    result = beta * 0.0 + 1.0
+    while step > 0:
+        result = tl.where((step & 1) != 0, result * beta, result)
+        beta = beta * beta
+        step = step >> 1
+    return result
+
+
+@triton.jit
+def adamw(w, g, m, v, step, lr_bits, beta1_bits, beta2_bits, eps_bits, weight_decay_bits):
+    """AdamW on entries w with gradients g, m = exp_avg and v = exp_avg_sq, all of one type; gives back w, m, v."""
+    lr, beta1, beta2 = float_of(lr_bits), float_of(beta1_bits), float_of(beta2_bits)
+    decay = (1.0 - lr * float_of(weight_decay_bits)).to(w.dtype)
+    lerp = (1.0 - beta1).to(w.dtype)
+    from_old = lerp < 0.5
+    lerp = tl.where(from_old, lerp, lerp - 1.0)
+    one_minus_beta2 = (1.0 - beta2).to(w.dtype)
+    bias_correction2_sqrt = tl.sqrt(1.0 - power(beta2, step)).to(w.dtype)
+    negative_step_size = (-(lr / (1.0 - power(beta1, step)))).to(w.dtype)
+
+    w = w * decay
+    m = tl.where(from_old, m, g) + (g - m) * lerp
+    v = v * beta2.to(w.dtype) + g * one_minus_beta2 * g
+    denom = divide(square_root(v), bias_correction2_sqrt + v * 0.0) + float_of(eps_bits).to(w.dtype)
+    w = w + divide(m * negative_step_size, denom)
+    return w, m, v

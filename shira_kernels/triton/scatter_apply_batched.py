@@ -11,13 +11,12 @@ then keeps them alive.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from shira_kernels.bits import as_bits
+from shira_kernels.triton._batch import on_device, part_of
 from shira_kernels.triton._math import REPLACE, as_kernel_type, float_bits
 from shira_kernels.triton.scatter_apply import BLOCK, mode_of, update_entries
 
@@ -40,39 +39,13 @@ def scatter_apply_batched_kernel(
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < nnz
-    # The last part that begins at or before i.
-    low = tl.zeros([BLOCK], tl.int32)
-    high = low + count
-    for _ in tl.static_range(STEPS):
-        middle = (low + high) >> 1
-        before = tl.load(offsets + middle) <= i
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    part = tl.minimum(low, count - 1)
+    part = part_of(offsets, i, count, STEPS)
     address = tl.load(table + part)
     numel = tl.load(table + count + part)
     index = tl.load(indices + i, mask=inside, other=-1).to(tl.int64)
     inside = inside & (index >= 0) & (index < numel)
     weights = address.to(element.dtype) + index
     update_entries(weights, values + i, saved + i, inside, alpha_bits, MODE, KEEP)
-
-
-@functools.lru_cache(maxsize=256)
-def _made(device: torch.device, numbers: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
-
-
-_captured: dict[int, torch.Tensor] = {}  # what graphs read when they are replayed: kept for ever
-
-
-def _on_device(device: torch.device, numbers: tuple[int, ...]) -> torch.Tensor:
-    """[len(numbers)] int64, the same tensor from call to call, alive for as long as a kernel may read it."""
-    tensor = _made(device, numbers)
-    if tensor.is_cuda:
-        tensor.record_stream(torch.cuda.current_stream(device))
-        if torch.cuda.is_current_stream_capturing():
-            _captured[id(tensor)] = tensor
-    return tensor
 
 
 def scatter_apply_batched(
@@ -91,9 +64,9 @@ def scatter_apply_batched(
     view = as_bits if mode == REPLACE.value else as_kernel_type
     device = indices.device
     addresses = (weight.data_ptr() for weight in weights)
-    table = _on_device(device, (*addresses, *(weight.numel() for weight in weights)))
+    table = on_device(device, (*addresses, *(weight.numel() for weight in weights)))
     if offsets.device != device:
-        offsets = _on_device(device, tuple(offsets.tolist()))
+        offsets = on_device(device, tuple(offsets.tolist()))
     element = view(weights[0])
     scatter_apply_batched_kernel[(triton.cdiv(nnz, BLOCK),)](
         table,
