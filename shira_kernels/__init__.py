@@ -4,6 +4,7 @@ from shira_kernels import backends
 from shira_kernels.ops.masked_grad import masked_grad
 from shira_kernels.ops.scatter_apply import scatter_apply
 from shira_kernels.ops.scatter_apply_batched import scatter_apply_batched
+from shira_kernels.ops.topk_indices import topk_indices
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "backends", "masked_grad", "scatter_apply", "scatter_apply_batched"]
+__all__ = ["__version__", "backends", "masked_grad", "scatter_apply", "scatter_apply_batched", "topk_indices"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shira_kernels.triton import _math
+from shira_kernels.triton import topk_indices as topk
 from shira_kernels.triton.scatter_apply import BLOCK, scatter_apply_kernel
 from shira_kernels.triton.scatter_apply_batched import scatter_apply_batched_kernel
 
@@ -20,6 +21,29 @@ PAIRS = {
         *((kind, "fp32") for kind in ("fp64", "i16", "fp16")),
     ],
 }
+
+
+# What topk_indices reads its scores as: bits, and above which magnitude they are a NaN.
+SCORES = {("i16", 0x7F80), ("i16", 0x7C00), ("i32", 0x7F800000), ("i64", 0x7FF0000000000000)}
+
+
+def topk_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    for kind, infinity in sorted(SCORES):
+        bits = int(kind[1:])
+        constants = {"NAN_ABOVE": infinity, "BITS": bits, "BLOCK": topk.BLOCK}
+        common = {"score": f"*{kind}", "numel": "i64", "state": "*i64"}
+        numbers = {"shares": "*i64", "ends": "*i64", "programs": "i64"}
+        for shift in range(0, bits, 8):
+            digit = {"SHIFT": shift, "FIRST": shift == bits - 8, "DIGITS": topk.DIGITS}
+            kernels = [(topk.topk_count_kernel, {**common, "counts": "*i64"}, {**digit, **constants})]
+            kernels.append((topk.topk_choose_kernel, {"state": "*i64", "counts": "*i64"}, digit))
+            for kernel, signature, values in kernels:
+                yield kernel, {**signature, **dict.fromkeys(values, "constexpr")}, values
+        constant = dict.fromkeys(constants, "constexpr")
+        shares = {name: numbers[name] for name in ("shares", "programs")}
+        yield topk.topk_share_kernel, {**common, **shares, **constant}, constants
+        for index in ("i32", "i64"):
+            yield topk.topk_emit_kernel, {**common, **numbers, "result": f"*{index}", **constant}, constants
 
 
 def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -52,3 +76,4 @@ def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
                 },
                 constants,
             )
+    yield from topk_variants()

@@ -2,6 +2,7 @@
 // The including file has included the standard headers before it changed the target, so that no function of the
 // standard library is compiled for it.
 #include "scatter_apply_kernel.h"
+#include "topk_indices_kernel.h"
 
 namespace shira {
 
@@ -15,6 +16,7 @@ const CpuKernels SHIRA_TABLE(SHIRA_ISA) = {
     SHIRA_NAME(SHIRA_ISA),
     SHIRA_ISA::choose_scatter_apply,
     SHIRA_ISA::strictly_rising,
+    SHIRA_ISA::choose_topk_indices,
 };
 
 }  // namespace shira
