@@ -19,7 +19,7 @@ import triton.language as tl
 
 from shira_kernels.bits import as_bits
 
-BLOCK = 4096  # scores of a program
+BLOCK = 2048  # scores of a program; with more the int64 keys fill a thread's registers
 DIGITS = 256
 
 
