@@ -26,11 +26,20 @@ struct TopkDigit {
   int shift;
 };
 
+// The scores that a digit counted: where in the run, and their bits.
+struct TopkKept {
+  uint32_t* positions;
+  void* scores;
+  int64_t room;
+  int64_t count;  // -1 if there was too little room
+};
+
 // The kernels of topk_indices for elements of one size.
 struct TopkIndices {
   int64_t (*key)(const void* score, int64_t i);
-  // Adds to four tables of mask + 1 counters each, whose sum counts; says whether there is a NaN.
-  bool (*count)(const void* score, int64_t count, const TopkDigit& digit, uint32_t* counts);
+  // Adds to four tables of mask + 1 counters each, whose sum counts, and keeps what it counts unless `kept` is null.
+  // Says whether there is a NaN.
+  bool (*count)(const void* score, int64_t count, const TopkDigit& digit, uint32_t* counts, TopkKept* kept);
   // Writes, in order, the positions of [begin, end) whose key is above the threshold, and the first `ties` at it.
   void (*emit)(const void* score, int64_t begin, int64_t end, int64_t threshold, int64_t ties, void* indices,
                bool wide);

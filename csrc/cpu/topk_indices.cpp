@@ -6,7 +6,8 @@
 // linear in the scores whatever they are, and the result the same at any number of threads.
 //
 // A sample gives a bound that the threshold is most likely above, so that the first pass skips most blocks of scores.
-// If fewer than k scores reach the bound, the pass is repeated without it; the result is the same.
+// What reaches it is kept, and is all that later passes read. If fewer than k scores do, the pass is repeated without a
+// bound; the result is the same.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -27,7 +28,10 @@ constexpr int kTables = 4;
 
 struct Chunk {
   int64_t begin, end;
-  std::vector<uint32_t> counts;
+  const char* scores;  // what the next pass reads: the chunk, or what was kept of it
+  int64_t count;
+  std::vector<uint32_t> counts = {}, positions = {};
+  std::vector<char> kept = {};
   int64_t above = 0, equal = 0;  // scores above the threshold, and at it
 };
 
@@ -46,24 +50,39 @@ struct Search {
     });
   }
 
-  // Fills each chunk's first table. Returns whether there is a NaN.
-  bool count(const TopkDigit& digit) {
+  // Fills each chunk's first table, and keeps what it counts if that is at most `room` of each chunk's scores. Returns
+  // whether there is a NaN.
+  bool count(const TopkDigit& digit, double room = 0) {
     const int64_t stride = digit.mask + 1;
     std::vector<char> nan(chunks.size());
     over_chunks([&](Chunk& chunk) {
       chunk.counts.assign(kTables * stride, 0);
       uint32_t* counts = chunk.counts.data();
-      nan[&chunk - chunks.data()] = kernels.count(at(chunk.begin), chunk.end - chunk.begin, digit, counts);
+      TopkKept kept{nullptr, nullptr, static_cast<int64_t>(room * static_cast<double>(chunk.count)), -1};
+      if (kept.room) {
+        chunk.positions.resize(kept.room);
+        chunk.kept.resize(kept.room * element_size);
+        kept.positions = chunk.positions.data();
+        kept.scores = chunk.kept.data();
+      }
+      nan[&chunk - chunks.data()] =
+          kernels.count(chunk.scores, chunk.count, digit, counts, kept.room ? &kept : nullptr);
+      if (kept.room) chunk.positions.resize(std::max<int64_t>(kept.count, 0));
       for (int table = 1; table < kTables; ++table)
         for (int64_t d = 0; d < stride; ++d) counts[d] += counts[table * stride + d];
     });
     return std::any_of(nan.begin(), nan.end(), [](char found) { return found != 0; });
   }
 
+  // Where in a sorted sample the bound is: more than k scores reach it, unless the sample is off by six deviations.
+  int64_t rank() const {
+    const double expected = static_cast<double>(k) / static_cast<double>(numel) * kSample;
+    return static_cast<int64_t>(expected + 6 * std::sqrt(expected) + 16);
+  }
+
   // A key that about k scores or a few more reach; the smallest where that would not save much.
   int64_t likely_bound() const {
-    const double expected = static_cast<double>(k) / static_cast<double>(numel) * kSample;
-    const auto rank = static_cast<int64_t>(expected + 6 * std::sqrt(expected) + 16);
+    const int64_t rank = this->rank();
     if (numel < kMinSampled || rank > kSample / 4) return std::numeric_limits<int64_t>::min();
     std::vector<int64_t> keys(kSample);
     const int64_t stride = numel / kSample;
@@ -74,6 +93,15 @@ struct Search {
     }
     std::nth_element(keys.begin(), keys.begin() + rank, keys.end(), std::greater<int64_t>());
     return keys[rank];
+  }
+
+  // Later passes read what was kept, where there was room for all of it.
+  void narrow() {
+    for (Chunk& chunk : chunks) {
+      if (chunk.positions.empty()) continue;
+      chunk.scores = chunk.kept.data();
+      chunk.count = static_cast<int64_t>(chunk.positions.size());
+    }
   }
 
   // The largest digit that, with those above it, `wanted` scores have; less than `lowest` if there is none. `wanted`
@@ -113,8 +141,10 @@ static Tensor topk_indices(const Tensor& scores, int64_t k) {
   search.kernels = kernels.topk_indices(search.element_size);
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), numel / kScoresPerThread);
   const int64_t chunks = std::max<int64_t>({1, threads, (numel + kChunk - 1) / kChunk});
-  for (int64_t i = 0; i < chunks; ++i)
-    search.chunks.push_back({numel / chunks * i, i + 1 < chunks ? numel / chunks * (i + 1) : numel, {}});
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t begin = numel / chunks * i, end = i + 1 < chunks ? numel / chunks * (i + 1) : numel;
+    search.chunks.push_back({begin, end, search.at(begin), end - begin});
+  }
 
   const int bits = static_cast<int>(8 * search.element_size), width = numel < kScoresPerThread ? 8 : 16;
   const int64_t half = int64_t{1} << (width - 1);
@@ -129,8 +159,10 @@ static Tensor topk_indices(const Tensor& scores, int64_t k) {
                    : element == Element::Float32 ? 0x7f800000
                                                  : 0x7ff0000000000000;
   const int64_t least = digit.low;
-  if (k) digit.low = std::max(least, search.likely_bound()) >> digit.shift << digit.shift;
-  if (search.count(digit)) fail(kOp, "score", "must not hold NaN: NaN scores are refused");
+  if (k) digit.low = std::max(least, search.likely_bound()) & -(int64_t{1} << digit.shift);
+  // Twice what the bound lets through if the sample is right.
+  const double room = digit.low > least ? 2.0 * search.rank() / kSample : 0;
+  if (search.count(digit, room)) fail(kOp, "score", "must not hold NaN: NaN scores are refused");
   Tensor indices = torch::stable::new_empty(
       score, {k}, wide ? torch::headeronly::ScalarType::Long : torch::headeronly::ScalarType::Int);
   count_call(kernels);
@@ -142,6 +174,8 @@ static Tensor topk_indices(const Tensor& scores, int64_t k) {
     digit.low = least;
     search.count(digit);
     chosen = search.choose(2 * half, 0, wanted);
+  } else {
+    search.narrow();
   }
   int64_t threshold = (chosen - half) * (int64_t{1} << digit.shift);
   digit.flip = 0;
@@ -167,8 +201,19 @@ static Tensor topk_indices(const Tensor& scores, int64_t k) {
   char* out = static_cast<char*>(indices.data_ptr());
   search.over_chunks([&](Chunk& chunk) {
     const Share& share = shares[&chunk - search.chunks.data()];
-    search.kernels.emit(search.score, chunk.begin, chunk.end, threshold, share.ties, out + share.first * (wide ? 8 : 4),
-                        wide);
+    const bool narrowed = chunk.scores != search.at(chunk.begin);
+    char* own = out + share.first * (wide ? 8 : 4);
+    if (!narrowed) return search.kernels.emit(search.score, chunk.begin, chunk.end, threshold, share.ties, own, wide);
+    search.kernels.emit(chunk.scores, 0, chunk.count, threshold, share.ties, own, wide);
+    for (int64_t i = 0; i < chunk.above + share.ties; ++i) {
+      if (wide) {
+        int64_t& index = reinterpret_cast<int64_t*>(own)[i];
+        index = chunk.begin + chunk.positions[index];
+      } else {
+        int32_t& index = reinterpret_cast<int32_t*>(own)[i];
+        index = static_cast<int32_t>(chunk.begin + chunk.positions[index]);
+      }
+    }
   });
   return indices;
 }

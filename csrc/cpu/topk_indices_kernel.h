@@ -7,8 +7,9 @@
 // thread its own run and tables: no race. Integers only, so the result is the same at any number of threads.
 //
 // Both passes look at blocks of scores with no branch inside, which are vectorised, and go into those only that have a
-// key of interest: at 1 % of the scores memory is the limit, not the counting. Where every score is counted,
-// consecutive ones go to different tables: equal digits in a row would wait for each other's store.
+// key of interest: at 1 % of the scores memory is the limit, not the counting. What the first pass counts is kept, if
+// it is little, and later passes read only that. Where every score is counted, consecutive ones go to different tables:
+// equal digits in a row would wait for each other's store.
 #pragma once
 
 #include <cstdint>
@@ -64,21 +65,26 @@ inline uint32_t topk_within(const Bits* x, Length n, Bits low, Bits high) {
 }
 
 template <class Bits>
-bool topk_count(const void* score, int64_t count, const TopkDigit& digit, uint32_t* counts) {
+bool topk_count(const void* score, int64_t count, const TopkDigit& digit, uint32_t* counts, TopkKept* kept) {
   const Bits* __restrict x = static_cast<const Bits*>(score);
   const Bits low = static_cast<Bits>(digit.low), high = static_cast<Bits>(digit.high);
   const Bits infinity = static_cast<Bits>(digit.infinity);
   const auto mask = static_cast<uint32_t>(digit.mask), flip = static_cast<uint32_t>(digit.flip);
   const int shift = digit.shift;
-  bool nan = false;
+  uint32_t* __restrict positions = kept ? kept->positions : nullptr;
+  Bits* __restrict scores = kept ? static_cast<Bits*>(kept->scores) : nullptr;
+  int64_t room = kept ? kept->room : 0, filled = 0;
+  bool nan = false, keeps = kept != nullptr;
   const auto place = [=](Bits bits) { return (static_cast<uint32_t>(topk_key(bits) >> shift) & mask) ^ flip; };
-  const auto block = [&](const Bits* in, auto n) {
+  const auto block = [&](int64_t first, auto n) {
+    const Bits* in = x + first;
     if (!topk_any(in, n, low, infinity)) return;
     Bits strange = 0;
     for (int j = 0; j < n; ++j) strange |= static_cast<Bits>((in[j] & kMagnitude<Bits>) > infinity);
     nan |= strange != 0;
     uint32_t within = topk_within(in, n, low, high);
-    if (within == ~uint32_t{0}) {
+    keeps = keeps && filled + kTopkBlock <= room;
+    if (!keeps && within == ~uint32_t{0}) {
       uint32_t places[kTopkBlock];
       for (int j = 0; j < kTopkBlock; ++j) places[j] = place(in[j]) + (j & 3) * (mask + 1);
       for (int j = 0; j < kTopkBlock; ++j) ++counts[places[j]];
@@ -87,11 +93,15 @@ bool topk_count(const void* score, int64_t count, const TopkDigit& digit, uint32
     for (; within; within &= within - 1) {
       const int j = __builtin_ctz(within);
       ++counts[place(in[j]) + (j & 3) * (mask + 1)];
+      if (!keeps) continue;
+      positions[filled] = static_cast<uint32_t>(first + j);
+      scores[filled++] = in[j];
     }
   };
   int64_t i = 0;
-  for (; i + kTopkBlock <= count; i += kTopkBlock) block(x + i, TopkBlock{});
-  block(x + i, static_cast<int>(count - i));
+  for (; i + kTopkBlock <= count; i += kTopkBlock) block(i, TopkBlock{});
+  block(i, static_cast<int>(count - i));
+  if (kept) kept->count = keeps ? filled : -1;
   return nan;
 }
 
