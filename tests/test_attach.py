@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import shira
-from shira.attach import tensor_seed
+from shira.select import tensor_seed
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

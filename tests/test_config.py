@@ -31,6 +31,23 @@ from shira.config import names_match
         ({"k": 0}, "k must"),
         ({"k": 1.5}, "k must"),
         ({"k": True}, "k must"),
+        ({"r": 0}, "r must"),
+        ({"r": 2.0}, "r must"),
+        ({"density": 0.01, "k": 5}, "density and k are given"),
+        ({"k": 5, "r": 2}, "k and r are given"),
+        ({"density": 0.01, "k": 5, "r": 2}, "density and k and r are given"),
+        ({"budget": "layer"}, "budget must"),
+        ({"skip": -1}, "skip must"),
+        ({"family": 0.5}, "family must"),
+        ({"granularity": 0}, "granularity must"),
+        ({"axis": 1}, "axis is an option of mask 'struct', not of 'wm'"),
+        ({"mask": "struct", "axis": 2}, "axis must"),
+        ({"mask": "struct", "axis": True}, "axis must"),
+        ({"mask": "struct", "diagonal": 0}, "diagonal must"),
+        ({"mask": "struct", "offset": -1}, "offset must"),
+        ({"calibration": "mean"}, "calibration must"),
+        ({"mask": "a:"}, "mask must"),
+        ({"mask": 7}, "mask must"),
         ({"seed": 1.0}, "seed"),
         ({"modules_to_save": "head"}, "modules_to_save"),
     ],
@@ -42,9 +59,38 @@ def test_a_wrong_field_is_named(fields: dict, message: str) -> None:
 
 @pytest.mark.parametrize("target_modules", ["all-linear", r".*\.q_proj", ["q_proj", "v_proj"]])
 def test_json_round_trip(target_modules: str | list[str]) -> None:
-    config = shira.ShiraConfig(target_modules, mask="rand", density=0.02, k=7, seed=-3, modules_to_save=["head"])
+    config = shira.ShiraConfig(target_modules, mask="rand", k=7, seed=-3, modules_to_save=["head"])
     assert shira.ShiraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert hash(config) == hash(shira.ShiraConfig.from_dict(config.to_dict()))
+
+
+@pytest.mark.parametrize("budget", [{}, {"density": 0.5}, {"k": 3}, {"r": 2}])
+def test_every_field_survives_json(budget: dict) -> None:
+    others = {"budget": "model", "skip": 4, "family": 2, "granularity": 8, "axis": 1, "offset": 3, "diagonal": False}
+    config = shira.ShiraConfig("all-linear", mask="struct", **budget, **others, calibration="abs")
+    assert shira.ShiraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.density == (0.01 if not budget else budget.get("density"))
+
+
+def test_a_config_of_before_there_was_r_still_loads() -> None:
+    old = {"target_modules": ["q"], "mask": "wm", "density": 0.01, "k": 7, "seed": 0, "modules_to_save": []}
+    config = shira.ShiraConfig.from_dict(old)
+    assert (config.k, config.density) == (7, None)
+    assert shira.ShiraConfig.from_dict({**old, "k": None}).density == 0.01
+
+
+def test_a_function_is_recorded_by_its_name() -> None:
+    config = shira.ShiraConfig("all-linear", mask=own_mask)
+    assert config.mask is own_mask
+    assert config.to_dict()["mask"] == f"{__name__}:own_mask"
+    assert shira.ShiraConfig.from_dict(config.to_dict()).mask == f"{__name__}:own_mask"
+    assert shira.ShiraConfig("all-linear", mask=shira.masks.snip).mask == "snip"
+    loaded = shira.ShiraConfig.from_dict({"target_modules": "all-linear", "mask": "no.such_module:function"})
+    assert loaded.mask_name == "no.such_module:function"
+
+
+def own_mask(weight, density, **arguments):
+    return shira.masks.wm(weight, density, **arguments)
 
 
 def test_from_dict_refuses_unknown_and_missing_fields() -> None:

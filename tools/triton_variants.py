@@ -8,6 +8,7 @@ from typing import Any
 
 from shira_kernels.triton import _math, masked_grad
 from shira_kernels.triton import masked_adamw as adamw
+from shira_kernels.triton import topk_indices as topk
 from shira_kernels.triton.scatter_apply import BLOCK, scatter_apply_kernel
 from shira_kernels.triton.scatter_apply_batched import scatter_apply_batched_kernel
 
@@ -30,6 +31,7 @@ def variants() -> Iterator[Variant]:
     yield from scatter_variants()
     yield from masked_grad_variants()
     yield from adamw_variants()
+    yield from topk_variants()
 
 
 def masked_grad_variants() -> Iterator[Variant]:
@@ -52,6 +54,29 @@ def masked_grad_variants() -> Iterator[Variant]:
             **dict.fromkeys(constants, "constexpr"),
         }
         yield masked_grad.masked_grad_kernel, signature, constants
+
+
+# What topk_indices reads its scores as: bits, and above which magnitude they are a NaN.
+SCORES = {("i16", 0x7F80), ("i16", 0x7C00), ("i32", 0x7F800000), ("i64", 0x7FF0000000000000)}
+
+
+def topk_variants() -> Iterator[Variant]:
+    for kind, infinity in sorted(SCORES):
+        bits = int(kind[1:])
+        constants = {"NAN_ABOVE": infinity, "BITS": bits, "BLOCK": topk.BLOCK}
+        common = {"score": f"*{kind}", "numel": "i64", "state": "*i64"}
+        numbers = {"shares": "*i64", "ends": "*i64", "programs": "i64"}
+        for shift in range(0, bits, 8):
+            digit = {"SHIFT": shift, "FIRST": shift == bits - 8, "DIGITS": topk.DIGITS}
+            kernels = [(topk.topk_count_kernel, {**common, "counts": "*i64"}, {**digit, **constants})]
+            kernels.append((topk.topk_choose_kernel, {"state": "*i64", "counts": "*i64"}, digit))
+            for kernel, signature, values in kernels:
+                yield kernel, {**signature, **dict.fromkeys(values, "constexpr")}, values
+        constant = dict.fromkeys(constants, "constexpr")
+        shares = {name: numbers[name] for name in ("shares", "programs")}
+        yield topk.topk_share_kernel, {**common, **shares, **constant}, constants
+        for index in ("i32", "i64"):
+            yield topk.topk_emit_kernel, {**common, **numbers, "result": f"*{index}", **constant}, constants
 
 
 def scatter_variants() -> Iterator[Variant]:

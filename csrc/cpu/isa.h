@@ -4,6 +4,7 @@
 #include "masked_adamw_kernel.h"
 #include "masked_grad_kernel.h"
 #include "scatter_apply_kernel.h"
+#include "topk_indices_kernel.h"
 
 namespace shira {
 
@@ -15,7 +16,7 @@ namespace shira {
 extern const CpuKernels SHIRA_TABLE(SHIRA_ISA);
 const CpuKernels SHIRA_TABLE(SHIRA_ISA) = {
     SHIRA_NAME(SHIRA_ISA),          SHIRA_ISA::choose_scatter_apply, SHIRA_ISA::choose_masked_grad,
-    SHIRA_ISA::choose_masked_adamw, SHIRA_ISA::strictly_rising,
+    SHIRA_ISA::choose_masked_adamw, SHIRA_ISA::choose_topk_indices,  SHIRA_ISA::strictly_rising,
 };
 
 }  // namespace shira

@@ -9,7 +9,6 @@ matrix product in the forward; the backward forms the dense gradient of one laye
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import re
 import warnings
@@ -23,8 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from shira.adapter import DTYPES, Adapter, AdapterTensor, checksum_of
 from shira.config import ALL_LINEAR, ShiraConfig, names_match
-from shira.masks import MASKS
 from shira.names import canonical, first_names, resolve
+from shira.select import choose_entries
 from shira_kernels import scatter_apply
 
 
@@ -300,11 +299,6 @@ def claim(weight: torch.Tensor, owner: str | None) -> None:
         del weight._shira_owner
 
 
-def tensor_seed(seed: int, name: str) -> int:
-    """The seed of one tensor's mask: BLAKE2b, 8 bytes, of "<seed>/<name>" in UTF-8, as a little-endian number."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
-
-
 def _as_attached(layer: nn.Linear) -> _AttachedLinear:
     assert isinstance(layer, _AttachedLinear)
     return layer
@@ -321,12 +315,11 @@ def _choose(model: nn.Module, config: ShiraConfig) -> list[_Target]:
             layers.append(layer)
     targets = []
     for weight, layers in by_weight.items():
+        _check_users(model, names[weight], weight, layers)
+    chosen = choose_entries(config, {names[weight]: weight for weight in by_weight})
+    for weight, layers in by_weight.items():
         name = names[weight]
-        _check_users(model, name, weight, layers)
-        try:
-            indices = MASKS[config.mask](weight, config.density, k=config.k, seed=tensor_seed(config.seed, name))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        indices = chosen[name]
         base = _entries(weight, indices)
         targets.append(_Target(name, layers, indices, base.to(_values_dtype(weight), copy=True), base))
     return targets

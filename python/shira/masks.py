@@ -8,11 +8,13 @@ Each mask is a function `(weight, density, *, k=None, grad=None, seed=0, skip=0,
 - skip: leave out the first `skip` entries of the ranking and take those that follow, so that masks of one ranking
   with skips of 0, k, 2k, ... share no entry.
 - granularity: rank aligned runs of that many flat entries instead of single ones. `k` and `skip` are rounded to whole
-  runs (`k` to at least one); a shorter run at the end counts as a run, and a mask that holds it has fewer entries.
+  runs (`k` to at least one); a shorter run at the end counts as a run, and a mask that holds it has fewer entries. A
+  run's score is the sum of its entries' scores. Of equal scores the lower position goes first.
 - indices: flat row-major positions, sorted and unique, on the weight's device; int32 for weights below 2^31 elements,
   else int64.
 
-All raise ValueError naming the argument.
+All raise ValueError naming the argument, and refuse NaN scores. A user's own function has the same arguments and
+result.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import math
 from typing import Protocol
 
 import torch
+
+from shira_kernels import topk_indices
 
 _CHUNK = 1 << 16  # entries hashed at a time: what fits a cache
 
@@ -39,6 +43,67 @@ class Mask(Protocol):
     ) -> torch.Tensor: ...
 
 
+def struct(
+    weight: torch.Tensor,
+    density: float,
+    *,
+    k: int | None = None,
+    grad: torch.Tensor | None = None,
+    seed: int = 0,
+    skip: int = 0,
+    granularity: int = 1,
+    axis: int = 0,
+    offset: int = 0,
+    diagonal: bool = True,
+) -> torch.Tensor:
+    """Every f-th row or column, and the main diagonal (paper, appendix B.1: SHiRA-Struct).
+
+    The weight counts as a matrix: rows are its first dimension, columns all others. The ranking begins with the main
+    diagonal; then come rows 0, f, 2f, ..., then rows 1, 1 + f, ..., and so on, each from left to right, without what
+    lies on the diagonal. f is the number of rows over how many rows are needed for k entries beside the diagonal:
+
+        f = max(1, rows // max(1, ceil((k - diagonal) / columns)))
+
+    So a mask holds exactly k entries: the last row is cut where they are reached. A run is ranked by its first entry.
+
+    Args:
+        weight, density, k, granularity: as in the module's docstring.
+        skip: as there. The families share no entry, so only the first has the diagonal.
+        axis: 0 for rows, 1 for columns; then rows and columns change places in all of the above.
+        offset: from 0 to f - 1: the rows begin with this one instead of 0, so that masks of one k share no row, but the
+            diagonal, as in lemma 4.5 of the paper.
+        diagonal: False leaves the diagonal out of the ranking's beginning, so that its entries count with their rows.
+        grad, seed: not used.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    take, leave = budget(weight, density, k, seed, skip, granularity)
+    if type(axis) is not int or axis not in (0, 1):
+        raise ValueError(f"axis must be 0 (rows) or 1 (columns), got {axis!r}")
+    if type(diagonal) is not bool:
+        raise ValueError(f"diagonal must be True or False, got {diagonal!r}")
+    shape = (weight.shape[0], weight.numel() // weight.shape[0]) if weight.dim() else (1, 1)
+    lines, width = shape[axis], shape[1 - axis]
+    on_diagonal = min(shape) if diagonal else 0
+    f = max(1, lines // max(1, math.ceil((take * granularity - on_diagonal) / width)))
+    if type(offset) is not int or not 0 <= offset < f:
+        raise ValueError(f"offset must lie in [0, {f}), the distance of the lines, got {offset!r}")
+    needed = min((leave + take) * granularity, weight.numel())  # entries of so many runs
+    numbers = torch.arange(lines, device=weight.device)
+    order = ((numbers - offset) % f).argsort(stable=True)
+    # A line loses at most one entry to the diagonal.
+    count = math.ceil(max(0, needed - on_diagonal) / max(1, width - 1)) if width > 1 else lines
+    line = order[:count, None]
+    across = torch.arange(width, device=weight.device)
+    entries = line * width + across if axis == 0 else across * lines + line
+    if on_diagonal:
+        entries = entries[line != across]
+        entries = torch.cat([numbers[:on_diagonal] * (shape[1] + 1), entries])
+    entries = entries.view(-1)[:needed]
+    return entries_of(_first_runs(entries, granularity)[leave : leave + take].sort().values, granularity, weight)
+
+
 def wm(
     weight: torch.Tensor,
     density: float,
@@ -49,22 +114,63 @@ def wm(
     skip: int = 0,
     granularity: int = 1,
 ) -> torch.Tensor:
-    """The entries of largest magnitude, |w| (paper, section 3.1: SHiRA-WM); of equal ones the lower index goes first.
+    """The entries of largest magnitude, |w| (paper, section 3.1: SHiRA-WM).
 
-    A run's rank is the sum of its magnitudes. Arguments and result as in the module's docstring; ValueError also if the
-    weight holds a NaN. `grad` and `seed` are not used.
+    Arguments and result as in the module's docstring; `grad` and `seed` are not used.
     """
-    take, leave = _budget(weight, density, k, seed, skip, granularity)
-    score = weight.detach().abs().view(-1) if weight.is_contiguous() else weight.detach().abs().reshape(-1)
-    if score.isnan().any():
-        raise ValueError("weight must not hold NaN: magnitudes could not be ranked")
-    if granularity > 1:
-        score = score.to(torch.promote_types(score.dtype, torch.float32))
-        score = torch.nn.functional.pad(score, (0, -score.numel() % granularity)).view(-1, granularity).sum(1)
-    chosen = _top(score, leave + take)
-    if leave:
-        chosen[_top(score, leave)] = False
-    return _entries(chosen.nonzero().view(-1), granularity, weight)
+    return _ranked("wm", weight, grad, *budget(weight, density, k, seed, skip, granularity), granularity)
+
+
+def grad(
+    weight: torch.Tensor,
+    density: float,
+    *,
+    k: int | None = None,
+    grad: torch.Tensor | None = None,
+    seed: int = 0,
+    skip: int = 0,
+    granularity: int = 1,
+) -> torch.Tensor:
+    """The entries of largest gradient, |g| (paper, section 3.1: SHiRA-Grad).
+
+    Arguments and result as in the module's docstring; `grad` must be given, `seed` is not used.
+    """
+    return _ranked("grad", weight, grad, *budget(weight, density, k, seed, skip, granularity), granularity)
+
+
+def snip(
+    weight: torch.Tensor,
+    density: float,
+    *,
+    k: int | None = None,
+    grad: torch.Tensor | None = None,
+    seed: int = 0,
+    skip: int = 0,
+    granularity: int = 1,
+) -> torch.Tensor:
+    """The entries of largest sensitivity, |w g| (paper, section 3.1: SHiRA-SNIP), computed in at least float32.
+
+    Arguments and result as in the module's docstring; `grad` must be given, `seed` is not used. With the sum of the
+    batches' |g| as `grad` this is the sum of the batches' |w g|.
+    """
+    return _ranked("snip", weight, grad, *budget(weight, density, k, seed, skip, granularity), granularity)
+
+
+def small(
+    weight: torch.Tensor,
+    density: float,
+    *,
+    k: int | None = None,
+    grad: torch.Tensor | None = None,
+    seed: int = 0,
+    skip: int = 0,
+    granularity: int = 1,
+) -> torch.Tensor:
+    """The entries of smallest magnitude, |w| (SaRA).
+
+    Arguments and result as in the module's docstring; `grad` and `seed` are not used.
+    """
+    return _ranked("small", weight, grad, *budget(weight, density, k, seed, skip, granularity), granularity)
 
 
 def rand(
@@ -90,7 +196,7 @@ def rand(
     skip and granularity only: not on the device, the version of torch or the weight's values. Runs hash their number
     (the first is 0). Arguments and result as in the module's docstring; `grad` is not used.
     """
-    take, leave = _budget(weight, density, k, seed, skip, granularity)
+    take, leave = budget(weight, density, k, seed, skip, granularity)
     count = math.ceil(weight.numel() / granularity)
     needed = leave + take
     # Only hashes below a threshold are kept, so memory is O(chunk + k) for a weight of any size. Six standard
@@ -103,13 +209,20 @@ def rand(
             break
         kept *= 2
     chosen = runs[order.argsort()[leave:needed]]
-    return _entries(chosen.sort().values, granularity, weight)
+    return entries_of(chosen.sort().values, granularity, weight)
 
 
-MASKS: dict[str, Mask] = {"wm": wm, "rand": rand}
+MASKS: dict[str, Mask] = {
+    "struct": struct,
+    "rand": rand,
+    "wm": wm,
+    "grad": grad,
+    "snip": snip,
+    "small": small,
+}
 
 
-def _budget(
+def budget(
     weight: torch.Tensor, density: float, k: int | None, seed: int, skip: int, granularity: int
 ) -> tuple[int, int]:
     """How many runs to take and how many of the ranking to leave out before them."""
@@ -134,16 +247,88 @@ def _budget(
     return take, leave
 
 
+def needs_gradient(mask: object) -> bool:
+    """Whether the mask of this name ranks by the gradient."""
+    return isinstance(mask, str) and mask in ("grad", "snip")
+
+
+def run_scores(mask: str, weight: torch.Tensor, grad: torch.Tensor | None, granularity: int) -> torch.Tensor:
+    """[runs]: what the masks wm, grad, snip and small rank the runs of a weight by, the largest first.
+
+    A run's score is the sum of its entries', in at least float32.
+    """
+    weight = weight.detach()
+    if needs_gradient(mask):
+        if not isinstance(grad, torch.Tensor):
+            raise ValueError(f"grad must be given: mask {mask!r} ranks by the gradient")
+        if grad.shape != weight.shape or grad.device != weight.device or not grad.is_floating_point():
+            raise ValueError(
+                f"grad must be floating point {tuple(weight.shape)} on {weight.device} like the weight, "
+                f"got {grad.dtype} {tuple(grad.shape)} on {grad.device}"
+            )
+        grad = grad.detach()
+    if mask == "grad":
+        assert grad is not None
+        score = grad.abs()
+    elif mask == "snip":
+        assert grad is not None
+        compute = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
+        score = torch.mul(weight.to(compute), grad).abs_()
+    else:
+        score = weight.abs()
+        score = score.neg_() if mask == "small" else score
+    score = score.reshape(-1)
+    if granularity > 1:
+        score = score.to(torch.promote_types(score.dtype, torch.float32))
+        score = torch.nn.functional.pad(score, (0, -score.numel() % granularity)).view(-1, granularity).sum(1)
+    return score
+
+
+def top_runs(score: torch.Tensor, leave: int, take: int) -> torch.Tensor:
+    """Of a ranking by score, of equal ones the first, those from `leave` on, `take` of them: sorted, int64.
+
+    Raises ValueError for NaN scores.
+    """
+    first = _top(score, leave + take)
+    if not leave:
+        return first
+    kept = torch.ones(first.numel(), dtype=torch.bool, device=score.device)
+    kept[torch.searchsorted(first, _top(score, leave))] = False
+    return first[kept]
+
+
 def _top(score: torch.Tensor, k: int) -> torch.Tensor:
-    """Where the k largest are, as bool; of equal ones the first."""
-    least = score.topk(k, sorted=False).values.min()
-    chosen = score > least
-    ties = (score == least).nonzero().view(-1)
-    chosen[ties[: k - int(chosen.sum())]] = True
-    return chosen
+    refused = False
+    try:
+        top = topk_indices(score, k).long()
+        # NaN comes first where the op does not refuse it, on a GPU.
+        refused = score.device.type != "cpu" and bool(score[top].isnan().any())
+    except RuntimeError:
+        if not bool(score.isnan().any()):
+            raise
+        refused = True
+    if refused:
+        raise ValueError("NaN scores are refused: neither weight nor grad may hold NaN (or infinity times 0)")
+    return top
 
 
-def _entries(runs: torch.Tensor, granularity: int, weight: torch.Tensor) -> torch.Tensor:
+def _ranked(
+    mask: str, weight: torch.Tensor, grad: torch.Tensor | None, take: int, leave: int, granularity: int
+) -> torch.Tensor:
+    return entries_of(top_runs(run_scores(mask, weight, grad, granularity), leave, take), granularity, weight)
+
+
+def _first_runs(entries: torch.Tensor, granularity: int) -> torch.Tensor:
+    """The runs of a ranking's entries, each once, where its first entry is."""
+    if granularity == 1:
+        return entries
+    runs, position = (entries // granularity).unique(return_inverse=True)
+    places = torch.arange(entries.numel(), device=entries.device)
+    first = torch.full_like(runs, entries.numel()).scatter_reduce_(0, position, places, "amin")
+    return runs[first.argsort()]
+
+
+def entries_of(runs: torch.Tensor, granularity: int, weight: torch.Tensor) -> torch.Tensor:
     """The flat positions of the given runs (int64, sorted)."""
     if granularity > 1:
         runs = (runs[:, None] * granularity + torch.arange(granularity, device=runs.device)).view(-1)
