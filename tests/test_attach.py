@@ -93,7 +93,9 @@ def test_gradcheck() -> None:
     shira.attach(nn.Sequential(layer), shira.ShiraConfig("all-linear", density=0.5))
 
     def run(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        layer.shira_written.marker = None  # gradcheck changes values in place and hides it from their version
+        layer.shira_targets[
+            "weight"
+        ]._marker = None  # gradcheck changes values in place and hides it from their version
         return torch.func.functional_call(layer, {"shira_values": values, "weight": layer.weight.clone()}, (x,))
 
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
@@ -168,6 +170,8 @@ def test_the_last_step_reaches_the_weights(read: Callable[[nn.Module, shira.Hand
     model = mlp()
     handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.2))
     train(model, handle)
+    with torch.no_grad():
+        model[0].shira_values.add_(1.0)  # a step of which no optimizer tells
     indices, values = model[0].shira_indices, model[0].shira_values.detach().clone()
     assert not torch.equal(model[0].weight.view(-1)[indices], values)
     read(model, handle)
@@ -375,14 +379,15 @@ class Tied(nn.Module):
         return self.second(F.relu(self.first(x)))
 
 
-def test_layers_that_share_a_weight_share_the_values() -> None:
+@pytest.mark.parametrize("target_modules", [["first", "second"], ["first"], ["second"]])
+def test_layers_that_share_a_weight_share_the_values(target_modules: list[str]) -> None:
     dense = Tied().double()
     model = copy.deepcopy(dense)
     before = state(model)
     x = torch.randn(4, 5, dtype=torch.float64)
-    handle = shira.attach(model, shira.ShiraConfig(["first", "second"], density=0.4))
+    handle = shira.attach(model, shira.ShiraConfig(target_modules, density=0.4))
     assert [name for name, _ in handle.named_parameters()] == ["first.shira_values"]
-    assert model.first.shira_values is model.second.shira_values
+    assert [name for name in model.state_dict() if "shira" in name] == ["first.shira_values", "first.shira_indices"]
     for net in (dense, model):
         net(x).square().sum().backward()
     expected = dense.first.weight.grad.view(-1)[model.first.shira_indices]
@@ -546,11 +551,6 @@ def test_a_parent_with_an_nn_multihead_attention() -> None:
     }
 
 
-class TwoArguments(nn.Linear):
-    def forward(self, input: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return super().forward(input) * scale
-
-
 def with_adapter(**changes: object) -> Callable[[nn.Module], shira.Adapter]:
     def make(model: nn.Module) -> shira.Adapter:
         name = str(changes.get("name", "2.weight"))
@@ -574,12 +574,13 @@ def config(*arguments: object, **fields: object) -> Callable[[nn.Module], shira.
 def bad_models() -> Iterator[tuple[str, nn.Module, Callable, str]]:
     yield "not a config", mlp(), lambda model: {"target_modules": "all-linear"}, "ShiraConfig or an Adapter"
     yield "no match", mlp(), config(["nope"]), "matches no module"
-    yield "another module", mlp(), config(["0", "1"]), "1: only nn.Linear"
+    yield "another module", mlp(), config(["0", "1"]), "1: only nn.Linear, nn.Conv1d, .* can be trained, got ReLU"
     yield "k too large", mlp(), config("all-linear", k=45), r"2\.weight: k must"
     yield "nothing to save", mlp(), config(["0"], modules_to_save=["x"]), "modules_to_save: 'x'"
     yield "target saved", mlp(), config("all-linear", modules_to_save=["2"]), "modules_to_save: '2'"
     yield "no such tensor", mlp(), with_adapter(name="3.weight"), "no parameter '3.weight'"
-    yield "not a linear's", nn.Sequential(nn.Embedding(5, 8), nn.ReLU(), nn.Embedding(5, 8)), with_adapter(), "2: only"
+    model = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.LayerNorm(8))
+    yield "another module's", model, with_adapter(), "2: only nn.Linear.* got LayerNorm"
     yield "shape", mlp(), with_adapter(shape=(8, 5)), r"2\.weight: the adapter's shape"
     yield "dtype", mlp(), with_adapter(dtype=torch.float64), r"2\.weight: the adapter's dtype"
     yield "another base", mlp(), with_adapter(checksum="0" * 32), "another base"
@@ -599,13 +600,21 @@ def bad_models() -> Iterator[tuple[str, nn.Module, Callable, str]]:
     yield "strides", model, config("all-linear"), "contiguous"
     yield "strides of an adapter's", model, with_adapter(), "contiguous"
     model = mlp()
-    model[2] = TwoArguments(8, 5)
-    yield "another forward", model, config("all-linear"), "TwoArguments must take one tensor"
-    model = mlp()
     nn.utils.parametrize.register_parametrization(model[2], "weight", nn.Identity())
     yield "parametrized", model, config(["0", "2"]), "plain parameter"
-    yield "half of a tie", Tied(), config(["first"]), "'second'"
-    yield "tied embedding", tiny_llama(), config(["lm_head", "q_proj"]), "embed_tokens"
+    model = Tied()
+    model.norm = nn.LayerNorm((5, 5))
+    model.norm.weight = model.first.weight
+    yield "tied to another module", model, config(["first"]), r"norm: only .* got LayerNorm \(first.weight is shared"
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    model[1].bias = model[0].weight
+    yield "tied as another", model, config(["0"]), r"1.bias: only the weight of Linear can be trained, not its bias"
+    for option in ({"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}):
+        name = next(iter(option))
+        yield name, nn.Sequential(nn.Embedding(5, 4, **option)), config(["0"]), f"0: an nn.Embedding with {name}"
+    model = mlp()
+    model[2].weight = nn.Parameter(torch.ones(5, 8, dtype=torch.int8), requires_grad=False)
+    yield "quantized", model, config("all-linear"), r"2\.weight: the weight must be float64, .* got torch.int8"
     yield "attention", nn.TransformerEncoderLayer(8, 2, 16), config(["out_proj"]), "never calls"
 
 
@@ -649,7 +658,7 @@ def test_only_a_weight_can_be_trained_from_an_adapter() -> None:
     model = mlp()
     before = state(model)
     tensor = shira.AdapterTensor(torch.tensor([1]), torch.ones(1), (8,), torch.float32)
-    with pytest.raises(ValueError, match=r"0\.bias: only the weight of an nn\.Linear can be trained, not its bias"):
+    with pytest.raises(ValueError, match=r"0\.bias: only the weight of Linear can be trained, not its bias"):
         shira.attach(model, shira.Adapter({"0.bias": tensor}))
     assert_state(model, before)
 
