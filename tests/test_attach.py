@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -700,3 +702,300 @@ def test_inference_mode_is_refused() -> None:
         shira.attach(model, shira.ShiraConfig("all-linear"))
     assert type(model[0]) is nn.Linear
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input: torch.Tensor, scale: float = 3.0) -> torch.Tensor:
+        return super().forward(input) * scale
+
+
+class Doubled(nn.Linear):
+    def forward(self, tokens: torch.Tensor, *, bias: bool = True) -> torch.Tensor:
+        return 2 * F.linear(tokens, self.weight, self.bias if bias else None)
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def gpt2_conv1d() -> nn.Module:
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
+    return pytorch_utils.Conv1D(5, 6)
+
+
+TOKENS = torch.tensor([[3, 1, 0, 3, 6], [3, 3, 8, 0, 5]])
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
+    "Conv1D": (gpt2_conv1d, lambda: floats(2, 3, 6)),
+    "own forward": (lambda: Doubled(6, 5), lambda: floats(2, 3, 6)),
+    "super's forward": (lambda: Renamed(6, 5), lambda: floats(4, 6)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3), lambda: floats(2, 4, 6, 7)),
+    "conv, all options": (
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=1, dilation=2, groups=2, padding_mode="reflect"),
+        lambda: floats(2, 4, 7, 8),
+    ),
+    "conv, same": (lambda: nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False), lambda: floats(4, 5, 5)),
+    "conv 1d": (lambda: nn.Conv1d(4, 6, 3, padding_mode="circular", padding=1), lambda: floats(2, 4, 6)),
+    "conv 3d": (lambda: nn.Conv3d(2, 3, 2), lambda: floats(1, 2, 3, 4, 3)),
+    "embedding": (lambda: nn.Embedding(9, 4), lambda: TOKENS),
+    "embedding, int32": (lambda: nn.Embedding(9, 4), lambda: TOKENS.int()),
+    "embedding, padding": (lambda: nn.Embedding(9, 4, padding_idx=3), lambda: TOKENS),
+    "embedding, no token": (lambda: nn.Embedding(9, 4, padding_idx=3), lambda: TOKENS[:, :0]),
+    "embedding, one token": (lambda: nn.Embedding(9, 4), lambda: TOKENS[1, 2]),
+    "scaled embedding": (lambda: Scaled(9, 4, padding_idx=0), lambda: TOKENS),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize(("make", "input"), KINDS.values(), ids=KINDS.keys())
+def test_every_kind_of_layer(make: Callable, input: Callable, backend: str | None) -> None:
+    dense = nn.Sequential(make()).double()
+    model, x = copy.deepcopy(dense), input()
+    before, flags = state(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    handle = shira.attach(model, shira.ShiraConfig(["0"], mask="rand", density=0.4))
+    torch._dynamo.reset()
+    run = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+    expected, y = dense(x), run(x)
+    assert torch.equal(y, expected)
+    for output in (y, expected):
+        output.square().sum().backward()
+    gradient, indices = dense[0].weight.grad.reshape(-1), model[0].shira_indices
+    assert y.numel() == 0 or gradient[indices].any()
+    torch.testing.assert_close(model[0].shira_values.grad, gradient[indices], rtol=1e-12, atol=1e-13)
+    assert model[0].weight.grad is None
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+    torch.optim.SGD(handle.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        dense[0].weight.view(-1)[indices] -= 0.1 * gradient[indices]
+    torch.testing.assert_close(run(x), dense(x), rtol=1e-12, atol=1e-13)
+    adapter = handle.adapter()
+    handle.detach()
+    assert_state(model, before)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert not any("shira" in name or name == "weight" for name in vars(model[0]))
+    again = shira.attach(model, adapter)
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-12, atol=1e-13)
+    again.detach()
+    assert_state(model, before)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(4, 4, 1), lambda: nn.Linear(4, 4), lambda: Doubled(4, 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_and_autocast(make: Callable, dtype: torch.dtype) -> None:
+    for weights, autocast in ((dtype, None), (torch.float32, torch.bfloat16)):
+        dense = make().to(weights)
+        x = torch.randn(5, 4, 1, 1, dtype=weights) if isinstance(dense, nn.Conv2d) else torch.randn(5, 4, dtype=weights)
+        model = nn.Sequential(copy.deepcopy(dense))
+        shira.attach(model, shira.ShiraConfig(["0"], density=0.5))
+        for net in (dense, model):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                net(x).float().square().sum().backward()
+        got = model[0].shira_values.grad
+        assert got.dtype == torch.float32
+        expected = dense.weight.grad.view(-1)[model[0].shira_indices].float()
+        torch.testing.assert_close(got, expected, rtol=0.03, atol=0.03)
+
+
+def test_the_largest_narrow_and_the_smallest_wide_column() -> None:
+    for columns, dtype in ((65535, torch.uint16), (65537, torch.int32)):
+        layer = nn.Linear(columns, 2, bias=False)
+        indices = torch.tensor([0, columns - 1, 2 * columns - 1], dtype=torch.int32)
+        base = layer.weight.detach().view(-1)[indices]
+        part = shira.AdapterTensor(indices, base, (2, columns), torch.float32, checksum=shira.adapter.checksum_of(base))
+        model = nn.Sequential(layer)
+        shira.attach(model, shira.Adapter({"0.weight": part}))
+        assert layer.shira_targets["weight"].csr[1].dtype == dtype
+        x = torch.randn(3, columns)
+        model(x).sum().backward()
+        torch.testing.assert_close(layer.shira_values.grad, x.sum(0)[[0, columns - 1, columns - 1]])
+
+
+def test_a_head_tied_to_an_embedding() -> None:
+    for target_modules in (["lm_head"], ["embed_tokens"], r".*embed_tokens|.*q_proj"):
+        dense = tiny_llama().double()
+        model = copy.deepcopy(dense)
+        before = state(model)
+        handle = shira.attach(model, shira.ShiraConfig(target_modules, mask="rand", density=0.2))
+        assert next(iter(handle.adapter())) == "model.embed_tokens.weight"
+        ids = torch.randint(0, 40, (2, 10))
+        for net in (dense, model):
+            net(input_ids=ids, labels=ids).loss.backward()
+        embedding = model.model.embed_tokens
+        expected = dense.lm_head.weight.grad.view(-1)[embedding.shira_indices]
+        torch.testing.assert_close(embedding.shira_values.grad, expected, rtol=1e-9, atol=1e-12)
+        torch.optim.SGD(handle.parameters(), lr=0.1).step()
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert twin.lm_head.shira_targets["weight"] is twin.model.embed_tokens.shira_targets["weight"]
+        head = copy.deepcopy(model.lm_head)
+        assert torch.equal(head(torch.eye(16).double()), model.lm_head(torch.eye(16).double()))
+        handle.detach()
+        assert_state(model, before)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_all_linear_of_gpt2() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.1))
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert list(handle.adapter()) == [f"transformer.h.0.{name}.weight" for name in names]
+
+
+def spans(tensors: list[torch.Tensor]) -> bool:
+    """Whether tensors lie one behind the other in one storage."""
+    ends = [tensor.data_ptr() + tensor.numel() * tensor.element_size() for tensor in tensors]
+    one = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    return one and [tensor.data_ptr() for tensor in tensors[1:]] == ends[:-1]
+
+
+def assert_arenas(model: nn.Module, handle: shira.Handle) -> None:
+    assert spans(list(handle.parameters()))
+    for kind in ("shira_indices", "shira_base"):
+        assert spans([buffer for name, buffer in model.named_buffers() if name.endswith(kind)])
+    for name, values in handle.named_parameters():
+        layer = model.get_submodule(name.removesuffix(".shira_values"))
+        target = values.shira_target
+        assert target.weight is layer.weight
+        assert target.indices is layer.shira_indices
+        assert target.base is layer.shira_base
+        assert target.values is values
+
+
+def test_vectors_lie_in_arenas_that_survive() -> None:
+    model = tiny_llama()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.1))
+    assert_arenas(model, handle)
+    versions = [values._version for values in handle.parameters()]
+    with torch.no_grad():
+        next(handle.parameters()).add_(1)
+    assert [values._version for values in handle.parameters()] == [versions[0] + 1, *versions[1:]]
+    before = [values.detach().clone() for values in handle.parameters()]
+    indices = [buffer.clone() for name, buffer in model.named_buffers() if "shira_indices" in name]
+
+    twin, twin_handle = copy.deepcopy((model, handle))
+    assert_arenas(twin, twin_handle)
+    assert next(twin.parameters()).data_ptr() != next(model.parameters()).data_ptr()
+    assert not {p.data_ptr() for p in handle.parameters()} & {p.data_ptr() for p in twin_handle.parameters()}
+    for change in (lambda m: m.to(torch.bfloat16), lambda m: m.float(), lambda m: m.load_state_dict(m.state_dict())):
+        change(model)
+        assert_arenas(model, handle)
+        assert all(map(torch.equal, handle.parameters(), before))
+        now = [buffer for name, buffer in model.named_buffers() if "shira_indices" in name]
+        assert all(map(torch.equal, now, indices))
+    for _ in range(2):
+        model._apply(torch.clone)  # as `.to` another device: other memory
+        assert_arenas(model, handle)
+        assert all(map(torch.equal, handle.parameters(), before))
+    model.get_submodule("model.layers.1").half()
+    assert all(map(torch.equal, handle.parameters(), before))
+    assert all(values.dtype == torch.float32 for values in handle.parameters())
+
+
+def test_a_gradient_follows_the_values_when_the_model_is_cast() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    model(torch.randn(3, 6)).sum().backward()
+    expected = [values.grad.clone() for values in handle.parameters()]
+    model.bfloat16()
+    for values, gradient in zip(handle.parameters(), expected, strict=True):
+        assert torch.equal(values.grad, gradient)
+
+
+class WritesBoth(torch.optim.SGD):
+    """Updates values and weights by itself, as ShiraAdamW does."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for values in self.param_groups[0]["params"]:
+            target = values.shira_target
+            values.add_(values.grad, alpha=-0.1)
+            target.weight.view(-1)[target.indices] = values.to(target.weight.dtype)
+            target.wrote(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [lambda pair: pair, copy.deepcopy], ids=["as made", "copied"])
+def test_an_optimizer_that_writes_the_weights_itself(
+    dtype: torch.dtype, change: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mlp(dtype)
+    model, handle = change((model, shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))))
+    plain, plain_handle = copy.deepcopy((model, handle))
+    x = torch.randn(4, 6, dtype=dtype)
+    with torch.no_grad():
+        model(x)  # a copy is written once
+    writes = []
+    for values in handle.parameters():
+        monkeypatch.setattr(values.shira_target, "write", lambda: writes.append(1))
+        monkeypatch.setattr(values.shira_target, "_differs", lambda: writes.append(2))
+    optimizers = [WritesBoth(handle.parameters(), lr=0.1), torch.optim.SGD(plain_handle.parameters(), lr=0.1)]
+    for _ in range(3):
+        for net, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(x).float().square().mean().backward()
+            optimizer.step()
+        assert torch.equal(model(x), plain(x))
+    assert not writes
+    monkeypatch.undo()
+    assert torch.equal(model[0].shira_values, plain[0].shira_values)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_writes_without_a_forward(optimizer: type) -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle, optimizer=optimizer)
+    for layer in (model[0], model[2]):
+        assert torch.equal(layer.weight.view(-1)[layer.shira_indices], layer.shira_values)
+
+
+def test_no_comparison_once_steps_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle)
+    monkeypatch.setattr(shira.layers.Target, "_differs", lambda self: pytest.fail("compared"))
+    for _ in range(3):  # accumulation
+        model(torch.randn(2, 6)).sum().backward()
+
+
+def test_the_hook_on_steps_goes_with_the_last_handle() -> None:
+    from torch.optim import optimizer
+
+    gc.collect()
+    shira.layers._Steps._targets.clear()
+    model, other = mlp(), mlp()
+    handles = [shira.attach(net, shira.ShiraConfig("all-linear", density=0.5)) for net in (model, other)]
+    before = len(optimizer._global_optimizer_post_hooks)
+    handles[0].detach()
+    assert len(optimizer._global_optimizer_post_hooks) == before
+    train(other, handles[1])
+    assert torch.equal(other[0].weight.view(-1)[other[0].shira_indices], other[0].shira_values)
+    handles[1].detach()
+    assert len(optimizer._global_optimizer_post_hooks) == before - 1
+
+
+def test_a_model_without_handle_is_freed() -> None:
+    model = mlp()
+    shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    model(torch.randn(2, 6)).sum().backward()
+    weight = weakref.ref(model[0].weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_pickle() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    twin = torch.load(buffer, weights_only=False)
+    x = torch.randn(3, 6)
+    assert torch.equal(twin(x), model(x))
+    assert twin[0].shira_values.shira_target.weight is twin[0].weight
+    assert type(twin[0]) is type(model[0])

@@ -54,7 +54,7 @@ class Handle:
         self._config = config
         self._not_reduced = _ignore_in_ddp(model, targets)
         # A reentrant checkpoint gives no gradient unless something that goes in needs one.
-        self._input_grads = _has_checkpoints(model)
+        self._input_grads = _has_checkpoints(model) and not getattr(model, "_require_grads_hooks", None)
         if self._input_grads:
             model.enable_input_require_grads()  # type: ignore[operator]
 

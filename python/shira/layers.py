@@ -35,16 +35,21 @@ class _Arena:
     def __init__(self, vectors: list[torch.Tensor]) -> None:
         self.data = torch.cat(vectors)
         self._moved_by: Any = None
+        self._moved_from: int | None = None
 
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor], cast: bool) -> None:
         """What `module._apply(fn)` does, once for all modules; but no cast to another dtype unless `cast`."""
         if fn is not self._moved_by:
             moved = fn(self.data)
+            self._moved_by, self._moved_from = fn, self.data.data_ptr()
             self.data = moved if cast or moved.dtype == self.data.dtype else self.data.to(moved.device)
-            self._moved_by = fn
+
+    def begins(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> set[int | None]:
+        """The addresses of vectors that `fn` has still to move, or has moved."""
+        return {self.data.data_ptr(), self._moved_from if fn is self._moved_by else None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"data": self.data, "_moved_by": None}
+        return {"data": self.data, "_moved_by": None, "_moved_from": None}
 
 
 class Slice:
@@ -57,9 +62,9 @@ class Slice:
         # `.data`: each vector counts its own versions.
         return self.arena.data[self._begin : self._end].data
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        mine = self.vector()
-        return (tensor.data_ptr(), tensor.shape, tensor.dtype) == (mine.data_ptr(), mine.shape, mine.dtype)
+    def holds(self, tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        """Whether this is the tensor's memory, or was before `fn` moved the arena."""
+        return tensor.data_ptr() - self._begin * tensor.element_size() in self.arena.begins(fn)
 
 
 def in_arenas(vectors: list[torch.Tensor]) -> list[Slice]:
@@ -210,7 +215,7 @@ class Target:
         values, grad = self.values, self.values.grad
         before = values.data
         vectors = (values, self.indices, self.base)
-        held = [part if part.holds(vector) else None for part, vector in zip(self._slices, vectors, strict=True)]
+        held = [part if part.holds(vector, fn) else None for part, vector in zip(self._slices, vectors, strict=True)]
         values.grad = None
         move()
         values = self.values
