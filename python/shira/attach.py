@@ -53,10 +53,6 @@ class Handle:
         self._saved = saved
         self._config = config
         self._not_reduced = _ignore_in_ddp(model, targets)
-        # A reentrant checkpoint gives no gradient unless something that goes in needs one.
-        self._input_grads = _has_checkpoints(model) and not getattr(model, "_require_grads_hooks", None)
-        if self._input_grads:
-            model.enable_input_require_grads()  # type: ignore[operator]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained, by its name in the model: one [nnz] vector for each weight, and those of modules_to_save."""
@@ -110,8 +106,6 @@ class Handle:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
         _reduce_again_in_ddp(model, self._not_reduced)
-        if self._input_grads:
-            model.disable_input_require_grads()  # type: ignore[operator]
         self._model = None
 
     def _check_attached(self) -> None:
@@ -148,8 +142,8 @@ def attach(model: nn.Module, what: ShiraConfig | Adapter) -> Handle:
     Warns:
         UserWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
 
-    In a model with reentrant activation checkpoints that are enabled after this, call `enable_input_require_grads()`
-    too, as for every model whose first layers are frozen; when they are enabled already, attach does.
+    A reentrant activation checkpoint gives no gradients unless one of its inputs requires grad, here as in any model
+    whose first layers are frozen; models of transformers see to it when they enable checkpointing.
     """
     return attach_with(model, what, _matched_weights, _mixin, dense=False)
 
@@ -408,14 +402,6 @@ def _values_dtype(weight: torch.Tensor) -> torch.dtype:
 def entries_of(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """A copy of a contiguous weight's entries."""
     return weight.detach().view(-1)[indices]
-
-
-def _has_checkpoints(model: nn.Module) -> bool:
-    """Whether activation checkpointing is on, in a model of transformers."""
-    for flag in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # from version 5 on, and before
-        if hasattr(model, flag):
-            return bool(getattr(model, flag))
-    return False
 
 
 def _ignore_in_ddp(model: nn.Module, targets: list[Target]) -> list[str]:
