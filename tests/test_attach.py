@@ -358,6 +358,7 @@ def test_a_state_dict_with_other_entries_is_refused() -> None:
 
 def test_casting_the_model_leaves_values_and_indices() -> None:
     model = mlp()
+    before = state(copy.deepcopy(model).to(torch.bfloat16))
     handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
     train(model, handle)
     values = model[0].shira_values.detach().clone()
@@ -368,6 +369,9 @@ def test_casting_the_model_leaves_values_and_indices() -> None:
     assert torch.equal(handle.adapter()["0.weight"].values, values.to(torch.bfloat16))
     model.float()
     assert torch.equal(handle.adapter()["0.weight"].values, values)
+    model.bfloat16()
+    handle.detach()
+    assert_state(model, before)
 
 
 class Tied(nn.Module):
@@ -573,6 +577,10 @@ def config(*arguments: object, **fields: object) -> Callable[[nn.Module], shira.
     return lambda model: shira.ShiraConfig(*arguments, **fields)
 
 
+class Packed(torch.Tensor):
+    """As the tensors of quantization libraries, which say that they are float32."""
+
+
 def bad_models() -> Iterator[tuple[str, nn.Module, Callable, str]]:
     yield "not a config", mlp(), lambda model: {"target_modules": "all-linear"}, "ShiraConfig or an Adapter"
     yield "no match", mlp(), config(["nope"]), "matches no module"
@@ -617,6 +625,9 @@ def bad_models() -> Iterator[tuple[str, nn.Module, Callable, str]]:
     model = mlp()
     model[2].weight = nn.Parameter(torch.ones(5, 8, dtype=torch.int8), requires_grad=False)
     yield "quantized", model, config("all-linear"), r"2\.weight: the weight must be float64, .* got torch.int8"
+    model = mlp()
+    model[2].weight = nn.Parameter(torch.randn(5, 8).as_subclass(Packed))
+    yield "a tensor of another class", model, config("all-linear"), r"2\.weight: .* plain tensor, got Packed"
     yield "attention", nn.TransformerEncoderLayer(8, 2, 16), config(["out_proj"]), "never calls"
 
 
@@ -751,7 +762,7 @@ def test_every_kind_of_layer(make: Callable, input: Callable, backend: str | Non
     dense = nn.Sequential(make()).double()
     model, x = copy.deepcopy(dense), input()
     before, flags = state(model), {name: p.requires_grad for name, p in model.named_parameters()}
-    handle = shira.attach(model, shira.ShiraConfig(["0"], mask="rand", density=0.4))
+    handle = shira.attach(model, shira.ShiraConfig(["0"], mask="rand", density=0.6))
     torch._dynamo.reset()
     run = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
     expected, y = dense(x), run(x)
@@ -999,3 +1010,24 @@ def test_pickle() -> None:
     assert torch.equal(twin(x), model(x))
     assert twin[0].shira_values.shira_target.weight is twin[0].weight
     assert type(twin[0]) is type(model[0])
+
+
+def test_a_compiled_model_can_be_attached() -> None:
+    model = torch.compile(mlp(), backend="aot_eager")
+    before = state(model)
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    assert list(handle.adapter()) == ["0.weight", "2.weight"]
+    train(model, handle)
+    handle.detach()
+    assert_state(model, before)
+
+
+def test_values_are_written_in_inference_mode_too() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    with torch.no_grad():
+        next(handle.parameters()).fill_(2.0)
+    with torch.inference_mode():
+        model(torch.zeros(1, 6))
+    assert (model[0].weight == 2).sum() == next(handle.parameters()).numel()
+    model(torch.zeros(1, 6)).sum().backward()

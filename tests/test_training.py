@@ -128,13 +128,14 @@ def steps(model: nn.Module, run: Callable, handle: shira.Handle, optimizer: type
     return losses
 
 
-@pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH.keys())
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize(
+    ("attach", "optimizer"), [(shira.attach, torch.optim.AdamW), (shira.mask_gradients, torch.optim.SGD)]
+)
 def test_compiled_llama(attach: Callable, optimizer: type) -> None:
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        model = tiny_llama()
+        model = tiny_llama(num_hidden_layers=1)
         handle = attach(model, config([*TARGETS, "embed_tokens"]))
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         results.append((steps(model, run, handle, optimizer), values_of(handle)))

@@ -69,9 +69,9 @@ class Handle:
     def write_back(self) -> None:
         """Writes values into weights now. An optimizer's step, a forward, `adapter()` and `state_dict()` do it alone.
 
-        To be called where none of these happens between a change and a use of the weights: values changed through
-        `.data`, and modules that read a layer's weight instead of calling it, as nn.TransformerEncoderLayer does in
-        evaluation.
+        To be called where none of these sees a change before the weights are used: values changed through `.data`; and,
+        for values changed by anything but an optimizer's step, compiled models and modules that read a layer's weight
+        instead of calling it, as nn.TransformerEncoderLayer does in evaluation.
         """
         self._check_attached()
         for target in self._targets:
@@ -427,4 +427,4 @@ def _reduce_again_in_ddp(model: nn.Module, added: list[str]) -> None:
 
 
 def _ignored(model: nn.Module) -> Any:
-    return vars(model).get("_ddp_params_and_buffers_to_ignore", [])
+    return getattr(model, "_ddp_params_and_buffers_to_ignore", [])

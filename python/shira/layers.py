@@ -146,7 +146,6 @@ class Target:
         self._note(values)
         self._was_told = True
 
-    @torch.no_grad()
     def write_back(self, always_compare: bool = False) -> None:
         """Writes the values into the weight if they changed since the last time."""
         values = self.values
@@ -173,10 +172,10 @@ class Target:
     def after_step(self) -> None:
         """What a step of an optimizer that has the values asks for."""
         values = self.values
-        self._steps_are_seen = True
-        if not self._was_told and (values.grad is not None or (values.data_ptr(), values._version) != self._marker):
+        changed = (values.data_ptr(), values._version) != self._marker
+        if changed or (values.grad is not None and not self._was_told):  # without a new version: see write_back
             self.write()
-        self._was_told = False
+        self._steps_are_seen, self._was_told = True, False
 
     def bind(self) -> None:
         """Ties parameters to this target: a new parameter (after deepcopy, load_state_dict(assign=True)) lacks that."""
@@ -238,6 +237,7 @@ class Target:
     def _note(self, values: torch.Tensor) -> None:
         self._marker, self._used = (values.data_ptr(), values._version), False
 
+    @torch.no_grad()
     def _differs(self) -> bool:
         return not torch.equal(self.weight.view(-1)[self.indices], self.values.to(self.weight.dtype))
 
@@ -316,12 +316,11 @@ class _LinearTap(torch.autograd.Function):
         output: torch.Tensor,
         input: torch.Tensor,
         values: torch.Tensor,
-        row_ptr: torch.Tensor,
-        col: torch.Tensor,
+        csr: tuple[torch.Tensor, torch.Tensor],
         transposed: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(input, row_ptr, col)
-        ctx.transposed, ctx.values_dtype = transposed, values.dtype
+        ctx.save_for_backward(input)
+        ctx.csr, ctx.transposed, ctx.values_dtype = csr, transposed, values.dtype
         # A view could not be changed in place by what follows, as in Sequential(Linear, ReLU(inplace=True)).
         ctx.mark_dirty(output)
         return output
@@ -331,11 +330,11 @@ class _LinearTap(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_values = None
         if ctx.needs_input_grad[2]:
-            input, row_ptr, col = ctx.saved_tensors
+            (input,) = ctx.saved_tensors
             input = input.to(grad_output.dtype)  # under autocast the layer cast it too
             left, right = (input, grad_output) if ctx.transposed else (grad_output, input)
-            grad_values = masked_grad(left, right, row_ptr, col).to(ctx.values_dtype)
-        return grad_output, None, grad_values, None, None, None
+            grad_values = masked_grad(left, right, *ctx.csr).to(ctx.values_dtype)
+        return grad_output, None, grad_values, None, None
 
 
 class _EmbeddingTap(torch.autograd.Function):
@@ -468,7 +467,7 @@ class _AttachedLinear(Attached):
         target = self.shira_trains()
         if target is not None:
             assert target.csr is not None
-            output = _LinearTap.apply(output, input, target.values, *target.csr, self.shira_transposed)
+            output = _LinearTap.apply(output, input, target.values, target.csr, self.shira_transposed)
         return output
 
 
