@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -93,7 +95,9 @@ def test_gradcheck() -> None:
     shira.attach(nn.Sequential(layer), shira.ShiraConfig("all-linear", density=0.5))
 
     def run(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        layer.shira_written.marker = None  # gradcheck changes values in place and hides it from their version
+        layer.shira_targets[
+            "weight"
+        ]._marker = None  # gradcheck changes values in place and hides it from their version
         return torch.func.functional_call(layer, {"shira_values": values, "weight": layer.weight.clone()}, (x,))
 
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
@@ -168,6 +172,8 @@ def test_the_last_step_reaches_the_weights(read: Callable[[nn.Module, shira.Hand
     model = mlp()
     handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.2))
     train(model, handle)
+    with torch.no_grad():
+        model[0].shira_values.add_(1.0)  # a step of which no optimizer tells
     indices, values = model[0].shira_indices, model[0].shira_values.detach().clone()
     assert not torch.equal(model[0].weight.view(-1)[indices], values)
     read(model, handle)
@@ -352,6 +358,7 @@ def test_a_state_dict_with_other_entries_is_refused() -> None:
 
 def test_casting_the_model_leaves_values_and_indices() -> None:
     model = mlp()
+    before = state(copy.deepcopy(model).to(torch.bfloat16))
     handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
     train(model, handle)
     values = model[0].shira_values.detach().clone()
@@ -362,6 +369,9 @@ def test_casting_the_model_leaves_values_and_indices() -> None:
     assert torch.equal(handle.adapter()["0.weight"].values, values.to(torch.bfloat16))
     model.float()
     assert torch.equal(handle.adapter()["0.weight"].values, values)
+    model.bfloat16()
+    handle.detach()
+    assert_state(model, before)
 
 
 class Tied(nn.Module):
@@ -375,14 +385,15 @@ class Tied(nn.Module):
         return self.second(F.relu(self.first(x)))
 
 
-def test_layers_that_share_a_weight_share_the_values() -> None:
+@pytest.mark.parametrize("target_modules", [["first", "second"], ["first"], ["second"]])
+def test_layers_that_share_a_weight_share_the_values(target_modules: list[str]) -> None:
     dense = Tied().double()
     model = copy.deepcopy(dense)
     before = state(model)
     x = torch.randn(4, 5, dtype=torch.float64)
-    handle = shira.attach(model, shira.ShiraConfig(["first", "second"], density=0.4))
+    handle = shira.attach(model, shira.ShiraConfig(target_modules, density=0.4))
     assert [name for name, _ in handle.named_parameters()] == ["first.shira_values"]
-    assert model.first.shira_values is model.second.shira_values
+    assert [name for name in model.state_dict() if "shira" in name] == ["first.shira_values", "first.shira_indices"]
     for net in (dense, model):
         net(x).square().sum().backward()
     expected = dense.first.weight.grad.view(-1)[model.first.shira_indices]
@@ -546,11 +557,6 @@ def test_a_parent_with_an_nn_multihead_attention() -> None:
     }
 
 
-class TwoArguments(nn.Linear):
-    def forward(self, input: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return super().forward(input) * scale
-
-
 def with_adapter(**changes: object) -> Callable[[nn.Module], shira.Adapter]:
     def make(model: nn.Module) -> shira.Adapter:
         name = str(changes.get("name", "2.weight"))
@@ -571,15 +577,20 @@ def config(*arguments: object, **fields: object) -> Callable[[nn.Module], shira.
     return lambda model: shira.ShiraConfig(*arguments, **fields)
 
 
+class Packed(torch.Tensor):
+    """As the tensors of quantization libraries, which say that they are float32."""
+
+
 def bad_models() -> Iterator[tuple[str, nn.Module, Callable, str]]:
     yield "not a config", mlp(), lambda model: {"target_modules": "all-linear"}, "ShiraConfig or an Adapter"
     yield "no match", mlp(), config(["nope"]), "matches no module"
-    yield "another module", mlp(), config(["0", "1"]), "1: only nn.Linear"
+    yield "another module", mlp(), config(["0", "1"]), "1: only nn.Linear, nn.Conv1d, .* can be trained, got ReLU"
     yield "k too large", mlp(), config("all-linear", k=45), r"2\.weight: k must"
     yield "nothing to save", mlp(), config(["0"], modules_to_save=["x"]), "modules_to_save: 'x'"
     yield "target saved", mlp(), config("all-linear", modules_to_save=["2"]), "modules_to_save: '2'"
     yield "no such tensor", mlp(), with_adapter(name="3.weight"), "no parameter '3.weight'"
-    yield "not a linear's", nn.Sequential(nn.Embedding(5, 8), nn.ReLU(), nn.Embedding(5, 8)), with_adapter(), "2: only"
+    model = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.LayerNorm(8))
+    yield "another module's", model, with_adapter(), "2: only nn.Linear.* got LayerNorm"
     yield "shape", mlp(), with_adapter(shape=(8, 5)), r"2\.weight: the adapter's shape"
     yield "dtype", mlp(), with_adapter(dtype=torch.float64), r"2\.weight: the adapter's dtype"
     yield "another base", mlp(), with_adapter(checksum="0" * 32), "another base"
@@ -599,13 +610,24 @@ def bad_models() -> Iterator[tuple[str, nn.Module, Callable, str]]:
     yield "strides", model, config("all-linear"), "contiguous"
     yield "strides of an adapter's", model, with_adapter(), "contiguous"
     model = mlp()
-    model[2] = TwoArguments(8, 5)
-    yield "another forward", model, config("all-linear"), "TwoArguments must take one tensor"
-    model = mlp()
     nn.utils.parametrize.register_parametrization(model[2], "weight", nn.Identity())
     yield "parametrized", model, config(["0", "2"]), "plain parameter"
-    yield "half of a tie", Tied(), config(["first"]), "'second'"
-    yield "tied embedding", tiny_llama(), config(["lm_head", "q_proj"]), "embed_tokens"
+    model = Tied()
+    model.norm = nn.LayerNorm((5, 5))
+    model.norm.weight = model.first.weight
+    yield "tied to another module", model, config(["first"]), r"norm: only .* got LayerNorm \(first.weight is shared"
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    model[1].bias = model[0].weight
+    yield "tied as another", model, config(["0"]), r"1.bias: only the weight of Linear can be trained, not its bias"
+    for option in ({"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}):
+        name = next(iter(option))
+        yield name, nn.Sequential(nn.Embedding(5, 4, **option)), config(["0"]), f"0: an nn.Embedding with {name}"
+    model = mlp()
+    model[2].weight = nn.Parameter(torch.ones(5, 8, dtype=torch.int8), requires_grad=False)
+    yield "quantized", model, config("all-linear"), r"2\.weight: the weight must be float64, .* got torch.int8"
+    model = mlp()
+    model[2].weight = nn.Parameter(torch.randn(5, 8).as_subclass(Packed))
+    yield "a tensor of another class", model, config("all-linear"), r"2\.weight: .* plain tensor, got Packed"
     yield "attention", nn.TransformerEncoderLayer(8, 2, 16), config(["out_proj"]), "never calls"
 
 
@@ -649,7 +671,7 @@ def test_only_a_weight_can_be_trained_from_an_adapter() -> None:
     model = mlp()
     before = state(model)
     tensor = shira.AdapterTensor(torch.tensor([1]), torch.ones(1), (8,), torch.float32)
-    with pytest.raises(ValueError, match=r"0\.bias: only the weight of an nn\.Linear can be trained, not its bias"):
+    with pytest.raises(ValueError, match=r"0\.bias: only the weight of Linear can be trained, not its bias"):
         shira.attach(model, shira.Adapter({"0.bias": tensor}))
     assert_state(model, before)
 
@@ -691,3 +713,321 @@ def test_inference_mode_is_refused() -> None:
         shira.attach(model, shira.ShiraConfig("all-linear"))
     assert type(model[0]) is nn.Linear
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input: torch.Tensor, scale: float = 3.0) -> torch.Tensor:
+        return super().forward(input) * scale
+
+
+class Doubled(nn.Linear):
+    def forward(self, tokens: torch.Tensor, *, bias: bool = True) -> torch.Tensor:
+        return 2 * F.linear(tokens, self.weight, self.bias if bias else None)
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def gpt2_conv1d() -> nn.Module:
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
+    return pytorch_utils.Conv1D(5, 6)
+
+
+TOKENS = torch.tensor([[3, 1, 0, 3, 6], [3, 3, 8, 0, 5]])
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
+    "Conv1D": (gpt2_conv1d, lambda: floats(2, 3, 6)),
+    "own forward": (lambda: Doubled(6, 5), lambda: floats(2, 3, 6)),
+    "super's forward": (lambda: Renamed(6, 5), lambda: floats(4, 6)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3), lambda: floats(2, 4, 6, 7)),
+    "conv, all options": (
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=1, dilation=2, groups=2, padding_mode="reflect"),
+        lambda: floats(2, 4, 7, 8),
+    ),
+    "conv, same": (lambda: nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False), lambda: floats(4, 5, 5)),
+    "conv 1d": (lambda: nn.Conv1d(4, 6, 3, padding_mode="circular", padding=1), lambda: floats(2, 4, 6)),
+    "conv 3d": (lambda: nn.Conv3d(2, 3, 2), lambda: floats(1, 2, 3, 4, 3)),
+    "embedding": (lambda: nn.Embedding(9, 4), lambda: TOKENS),
+    "embedding, int32": (lambda: nn.Embedding(9, 4), lambda: TOKENS.int()),
+    "embedding, padding": (lambda: nn.Embedding(9, 4, padding_idx=3), lambda: TOKENS),
+    "embedding, no token": (lambda: nn.Embedding(9, 4, padding_idx=3), lambda: TOKENS[:, :0]),
+    "embedding, one token": (lambda: nn.Embedding(9, 4), lambda: TOKENS[1, 2]),
+    "scaled embedding": (lambda: Scaled(9, 4, padding_idx=0), lambda: TOKENS),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize(("make", "input"), KINDS.values(), ids=KINDS.keys())
+def test_every_kind_of_layer(make: Callable, input: Callable, backend: str | None) -> None:
+    dense = nn.Sequential(make()).double()
+    model, x = copy.deepcopy(dense), input()
+    before, flags = state(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    handle = shira.attach(model, shira.ShiraConfig(["0"], mask="rand", density=0.6))
+    torch._dynamo.reset()
+    run = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+    expected, y = dense(x), run(x)
+    assert torch.equal(y, expected)
+    for output in (y, expected):
+        output.square().sum().backward()
+    gradient, indices = dense[0].weight.grad.reshape(-1), model[0].shira_indices
+    assert y.numel() == 0 or gradient[indices].any()
+    torch.testing.assert_close(model[0].shira_values.grad, gradient[indices], rtol=1e-12, atol=1e-13)
+    assert model[0].weight.grad is None
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+    torch.optim.SGD(handle.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        dense[0].weight.view(-1)[indices] -= 0.1 * gradient[indices]
+    torch.testing.assert_close(run(x), dense(x), rtol=1e-12, atol=1e-13)
+    adapter = handle.adapter()
+    handle.detach()
+    assert_state(model, before)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert not any("shira" in name or name == "weight" for name in vars(model[0]))
+    again = shira.attach(model, adapter)
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-12, atol=1e-13)
+    again.detach()
+    assert_state(model, before)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(4, 4, 1), lambda: nn.Linear(4, 4), lambda: Doubled(4, 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_and_autocast(make: Callable, dtype: torch.dtype) -> None:
+    for weights, autocast in ((dtype, None), (torch.float32, torch.bfloat16)):
+        dense = make().to(weights)
+        x = torch.randn(5, 4, 1, 1, dtype=weights) if isinstance(dense, nn.Conv2d) else torch.randn(5, 4, dtype=weights)
+        model = nn.Sequential(copy.deepcopy(dense))
+        shira.attach(model, shira.ShiraConfig(["0"], density=0.5))
+        for net in (dense, model):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                net(x).float().square().sum().backward()
+        got = model[0].shira_values.grad
+        assert got.dtype == torch.float32
+        expected = dense.weight.grad.view(-1)[model[0].shira_indices].float()
+        torch.testing.assert_close(got, expected, rtol=0.03, atol=0.03)
+
+
+def test_the_largest_narrow_and_the_smallest_wide_column() -> None:
+    for columns, dtype in ((65535, torch.uint16), (65537, torch.int32)):
+        layer = nn.Linear(columns, 2, bias=False)
+        indices = torch.tensor([0, columns - 1, 2 * columns - 1], dtype=torch.int32)
+        base = layer.weight.detach().view(-1)[indices]
+        part = shira.AdapterTensor(indices, base, (2, columns), torch.float32, checksum=shira.adapter.checksum_of(base))
+        model = nn.Sequential(layer)
+        shira.attach(model, shira.Adapter({"0.weight": part}))
+        assert layer.shira_targets["weight"].csr[1].dtype == dtype
+        x = torch.randn(3, columns)
+        model(x).sum().backward()
+        torch.testing.assert_close(layer.shira_values.grad, x.sum(0)[[0, columns - 1, columns - 1]])
+
+
+def test_a_head_tied_to_an_embedding() -> None:
+    for target_modules in (["lm_head"], ["embed_tokens"], r".*embed_tokens|.*q_proj"):
+        dense = tiny_llama().double()
+        model = copy.deepcopy(dense)
+        before = state(model)
+        handle = shira.attach(model, shira.ShiraConfig(target_modules, mask="rand", density=0.2))
+        assert next(iter(handle.adapter())) == "model.embed_tokens.weight"
+        ids = torch.randint(0, 40, (2, 10))
+        for net in (dense, model):
+            net(input_ids=ids, labels=ids).loss.backward()
+        embedding = model.model.embed_tokens
+        expected = dense.lm_head.weight.grad.view(-1)[embedding.shira_indices]
+        torch.testing.assert_close(embedding.shira_values.grad, expected, rtol=1e-9, atol=1e-12)
+        torch.optim.SGD(handle.parameters(), lr=0.1).step()
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert twin.lm_head.shira_targets["weight"] is twin.model.embed_tokens.shira_targets["weight"]
+        head = copy.deepcopy(model.lm_head)
+        assert torch.equal(head(torch.eye(16).double()), model.lm_head(torch.eye(16).double()))
+        handle.detach()
+        assert_state(model, before)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_all_linear_of_gpt2() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.1))
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert list(handle.adapter()) == [f"transformer.h.0.{name}.weight" for name in names]
+
+
+def spans(tensors: list[torch.Tensor]) -> bool:
+    """Whether tensors lie one behind the other in one storage."""
+    ends = [tensor.data_ptr() + tensor.numel() * tensor.element_size() for tensor in tensors]
+    one = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    return one and [tensor.data_ptr() for tensor in tensors[1:]] == ends[:-1]
+
+
+def assert_arenas(model: nn.Module, handle: shira.Handle) -> None:
+    assert spans(list(handle.parameters()))
+    for kind in ("shira_indices", "shira_base"):
+        assert spans([buffer for name, buffer in model.named_buffers() if name.endswith(kind)])
+    for name, values in handle.named_parameters():
+        layer = model.get_submodule(name.removesuffix(".shira_values"))
+        target = values.shira_target
+        assert target.weight is layer.weight
+        assert target.indices is layer.shira_indices
+        assert target.base is layer.shira_base
+        assert target.values is values
+
+
+def test_vectors_lie_in_arenas_that_survive() -> None:
+    model = tiny_llama()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.1))
+    assert_arenas(model, handle)
+    versions = [values._version for values in handle.parameters()]
+    with torch.no_grad():
+        next(handle.parameters()).add_(1)
+    assert [values._version for values in handle.parameters()] == [versions[0] + 1, *versions[1:]]
+    before = [values.detach().clone() for values in handle.parameters()]
+    indices = [buffer.clone() for name, buffer in model.named_buffers() if "shira_indices" in name]
+
+    twin, twin_handle = copy.deepcopy((model, handle))
+    assert_arenas(twin, twin_handle)
+    assert next(twin.parameters()).data_ptr() != next(model.parameters()).data_ptr()
+    assert not {p.data_ptr() for p in handle.parameters()} & {p.data_ptr() for p in twin_handle.parameters()}
+    for change in (lambda m: m.to(torch.bfloat16), lambda m: m.float(), lambda m: m.load_state_dict(m.state_dict())):
+        change(model)
+        assert_arenas(model, handle)
+        assert all(map(torch.equal, handle.parameters(), before))
+        now = [buffer for name, buffer in model.named_buffers() if "shira_indices" in name]
+        assert all(map(torch.equal, now, indices))
+    for _ in range(2):
+        model._apply(torch.clone)  # as `.to` another device: other memory
+        assert_arenas(model, handle)
+        assert all(map(torch.equal, handle.parameters(), before))
+    model.get_submodule("model.layers.1").half()
+    assert all(map(torch.equal, handle.parameters(), before))
+    assert all(values.dtype == torch.float32 for values in handle.parameters())
+
+
+def test_a_gradient_follows_the_values_when_the_model_is_cast() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    model(torch.randn(3, 6)).sum().backward()
+    expected = [values.grad.clone() for values in handle.parameters()]
+    model.bfloat16()
+    for values, gradient in zip(handle.parameters(), expected, strict=True):
+        assert torch.equal(values.grad, gradient)
+
+
+class WritesBoth(torch.optim.SGD):
+    """Updates values and weights by itself, as ShiraAdamW does."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for values in self.param_groups[0]["params"]:
+            target = values.shira_target
+            values.add_(values.grad, alpha=-0.1)
+            target.weight.view(-1)[target.indices] = values.to(target.weight.dtype)
+            target.wrote(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [lambda pair: pair, copy.deepcopy], ids=["as made", "copied"])
+def test_an_optimizer_that_writes_the_weights_itself(
+    dtype: torch.dtype, change: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mlp(dtype)
+    model, handle = change((model, shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))))
+    plain, plain_handle = copy.deepcopy((model, handle))
+    x = torch.randn(4, 6, dtype=dtype)
+    with torch.no_grad():
+        model(x)  # a copy is written once
+    writes = []
+    for values in handle.parameters():
+        monkeypatch.setattr(values.shira_target, "write", lambda: writes.append(1))
+        monkeypatch.setattr(values.shira_target, "_differs", lambda: writes.append(2))
+    optimizers = [WritesBoth(handle.parameters(), lr=0.1), torch.optim.SGD(plain_handle.parameters(), lr=0.1)]
+    for _ in range(3):
+        for net, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(x).float().square().mean().backward()
+            optimizer.step()
+        assert torch.equal(model(x), plain(x))
+    assert not writes
+    monkeypatch.undo()
+    assert torch.equal(model[0].shira_values, plain[0].shira_values)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_writes_without_a_forward(optimizer: type) -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle, optimizer=optimizer)
+    for layer in (model[0], model[2]):
+        assert torch.equal(layer.weight.view(-1)[layer.shira_indices], layer.shira_values)
+
+
+def test_no_comparison_once_steps_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle)
+    monkeypatch.setattr(shira.layers.Target, "_differs", lambda self: pytest.fail("compared"))
+    for _ in range(3):  # accumulation
+        model(torch.randn(2, 6)).sum().backward()
+
+
+def test_the_hook_on_steps_goes_with_the_last_handle() -> None:
+    from torch.optim import optimizer
+
+    gc.collect()
+    shira.layers._Steps._targets.clear()
+    model, other = mlp(), mlp()
+    handles = [shira.attach(net, shira.ShiraConfig("all-linear", density=0.5)) for net in (model, other)]
+    before = len(optimizer._global_optimizer_post_hooks)
+    handles[0].detach()
+    assert len(optimizer._global_optimizer_post_hooks) == before
+    train(other, handles[1])
+    assert torch.equal(other[0].weight.view(-1)[other[0].shira_indices], other[0].shira_values)
+    handles[1].detach()
+    assert len(optimizer._global_optimizer_post_hooks) == before - 1
+
+
+def test_a_model_without_handle_is_freed() -> None:
+    model = mlp()
+    shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    model(torch.randn(2, 6)).sum().backward()
+    weight = weakref.ref(model[0].weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_pickle() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    train(model, handle)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    twin = torch.load(buffer, weights_only=False)
+    x = torch.randn(3, 6)
+    assert torch.equal(twin(x), model(x))
+    assert twin[0].shira_values.shira_target.weight is twin[0].weight
+    assert type(twin[0]) is type(model[0])
+
+
+def test_a_compiled_model_can_be_attached() -> None:
+    model = torch.compile(mlp(), backend="aot_eager")
+    before = state(model)
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    assert list(handle.adapter()) == ["0.weight", "2.weight"]
+    train(model, handle)
+    handle.detach()
+    assert_state(model, before)
+
+
+def test_values_are_written_in_inference_mode_too() -> None:
+    model = mlp()
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    with torch.no_grad():
+        next(handle.parameters()).fill_(2.0)
+    with torch.inference_mode():
+        model(torch.zeros(1, 6))
+    assert (model[0].weight == 2).sum() == next(handle.parameters()).numel()
+    model(torch.zeros(1, 6)).sum().backward()

@@ -4,6 +4,7 @@ from shira import masks
 from shira.adapter import Adapter, AdapterTensor
 from shira.attach import Handle, attach
 from shira.config import ShiraConfig
+from shira.hooks import mask_gradients
 from shira.io import AdapterFormatError
 from shira.resident import ResidentAdapters
 from shira_kernels import ShiraAdamW
@@ -17,5 +18,6 @@ __all__ = [
     "ShiraAdamW",
     "ShiraConfig",
     "attach",
+    "mask_gradients",
     "masks",
 ]

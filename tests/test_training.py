@@ -1,0 +1,225 @@
+"""Attached models in real training: Trainer, torch.compile, activation checkpointing, mixed precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import shira
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def tiny_llama(**changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **changes}))
+
+
+def config(target_modules: list[str] | str = TARGETS) -> shira.ShiraConfig:
+    return shira.ShiraConfig(target_modules, mask="rand", density=0.1)
+
+
+def values_of(handle: shira.Handle) -> dict[str, torch.Tensor]:
+    return {name: values.detach().clone() for name, values in handle.named_parameters()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+IDS = torch.arange(16 * 8).view(16, 8) * 7 % 40
+ATTACH: dict[str, Callable] = {"attach": shira.attach, "mask_gradients": shira.mask_gradients}
+
+
+@pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH.keys())
+def test_trainer_resumes_to_the_same_bits(attach: Callable, tmp_path: Path) -> None:
+    data = [{"input_ids": row, "labels": row} for row in IDS]
+
+    def run(steps: int, resume: bool) -> tuple[nn.Module, shira.Handle]:
+        model = tiny_llama()
+        handle = attach(model, config([*TARGETS, "embed_tokens"]))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / ("interrupted" if resume or steps < 6 else "whole")),
+            max_steps=6,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=0.02,
+            weight_decay=0.1,
+            max_grad_norm=0.5,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=1,
+        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+
+        class Stop(transformers.TrainerCallback):
+            def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+                control.should_training_stop |= state.global_step == steps
+
+        trainer.add_callback(Stop())
+        trainer.train(resume_from_checkpoint=resume)
+        return model, handle
+
+    _, whole = run(6, resume=False)
+    run(4, resume=False)
+    model, resumed = run(6, resume=True)
+    assert_equal(values_of(resumed), values_of(whole))
+    for name, part in resumed.adapter().items():
+        assert torch.equal(part.values, whole.adapter()[name].values)
+    resumed.detach()
+    base = tiny_llama().state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+
+
+def test_save_pretrained_writes_values_and_indices(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    for tied in (False, True):
+        model = tiny_llama(tie_word_embeddings=tied)
+        handle = shira.attach(model, config([*TARGETS, "lm_head"]))
+        with torch.no_grad():
+            for values in handle.parameters():
+                values.add_(1.0)
+        model.save_pretrained(tmp_path / str(tied))
+        saved = safetensors.load_file(tmp_path / str(tied) / "model.safetensors")
+        for name, values in handle.named_parameters():
+            assert torch.equal(saved[name], values)
+            layer = model.get_submodule(name.removesuffix(".shira_values"))
+            indices = saved[name.replace("values", "indices")]
+            assert torch.equal(indices, layer.shira_indices)
+            weight = saved[name.replace("shira_values", "weight")]
+            assert torch.equal(weight.view(-1)[indices], values)
+        plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / str(tied))
+        assert torch.equal(plain(IDS).logits, model(IDS).logits)
+
+
+def steps(model: nn.Module, run: Callable, handle: shira.Handle, optimizer: type = torch.optim.AdamW) -> list[float]:
+    stepper, losses = optimizer(handle.parameters(), lr=0.02), []
+    for batch in IDS.split(8):
+        stepper.zero_grad()
+        loss = run(input_ids=batch, labels=batch).loss
+        loss.backward()
+        stepper.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("attach", "optimizer"), [(shira.attach, torch.optim.AdamW), (shira.mask_gradients, torch.optim.SGD)]
+)
+def test_compiled_llama(attach: Callable, optimizer: type) -> None:
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        model = tiny_llama(num_hidden_layers=1)
+        handle = attach(model, config([*TARGETS, "embed_tokens"]))
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        results.append((steps(model, run, handle, optimizer), values_of(handle)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, values in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], values, rtol=1e-4, atol=1e-5)
+
+
+def test_inductor_after_attaching_a_compiled_model_and_loading() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    twin = copy.deepcopy(model)
+    run, x = torch.compile(model, fullgraph=True), torch.randn(4, 6)
+    handles = [shira.attach(net, shira.ShiraConfig("all-linear", density=0.3)) for net in (model, twin)]
+    start = copy.deepcopy(model.state_dict())
+    optimizers = [torch.optim.SGD(handle.parameters(), lr=0.1) for handle in handles]
+    for _ in range(3):
+        for net, optimizer in zip((run, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(run(x), twin(x))
+    model.load_state_dict(start)
+    twin.load_state_dict(start)
+    torch.testing.assert_close(run(x), twin(x))
+    for handle in handles:
+        handle.detach()
+    torch.testing.assert_close(run(x), twin(x))
+
+
+@pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH.keys())
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_activation_checkpointing(attach: Callable, reentrant: bool, before: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        model.train()
+        if checkpointing and before:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        handle = attach(model, config())
+        if checkpointing and not before:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(input_ids=IDS[:2], labels=IDS[:2]).loss.backward()
+        gradients.append({name: values.grad for name, values in handle.named_parameters()})
+        handle.detach()
+    assert_equal(*gradients)
+
+
+@pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH.keys())
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, torch.bfloat16), (torch.bfloat16, None)])
+def test_mixed_precision_scaler_clipping_and_accumulation(
+    attach: Callable, dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    model = tiny_llama().to(dtype)
+    handle = attach(model, config())
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        for batch in IDS.split(8):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = model(input_ids=batch, labels=batch).loss
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(handle.parameters(), 1.0)
+        assert 0 < norm < float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(values.dtype == torch.float32 for values in handle.parameters())
+
+
+def test_a_step_that_the_scaler_skips_writes_nothing() -> None:
+    model = tiny_llama()
+    handle = shira.attach(model, config())
+    optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(input_ids=IDS, labels=IDS).loss).backward()
+    next(handle.parameters()).grad[0] = float("inf")
+    before = values_of(handle)
+    scaler.step(optimizer)
+    scaler.update()
+    model(input_ids=IDS)
+    assert_equal(values_of(handle), before)
