@@ -241,7 +241,7 @@ def shared() -> nn.Module:
         (mlp, config(["nope"]), "matches no module or parameter"),
         (Mixed, config(["attention"]), "attention: MultiheadAttention has no parameter 'weight'"),
         (shared, config(["2"]), r"2\.weight: the weight must be float64"),
-        (mlp, config(["0"], density=0.5, k=100), r"0\.weight: k must"),
+        (mlp, config(["0"], density=None, k=100), r"0\.weight: k must"),
         (mlp, config(["0"], modules_to_save=["0"]), "modules_to_save: '0'"),
         (mlp, {"target_modules": "all-linear"}, "ShiraConfig or an Adapter"),
         (lambda: nn.Sequential(nn.Linear(3, 3, device="meta")), config(["0"]), "meta device"),

@@ -27,12 +27,6 @@ void fail(const char* op, const std::string& argument, const std::string& messag
   throw std::runtime_error("shira::" + std::string(op) + ": " + argument + " " + message);
 }
 
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return text + (tensor.dim() == 1 ? ",)" : ")");
-}
-
 int32_t dtype_of(const Tensor& tensor) {
   int32_t dtype;
   check_status(aoti_torch_get_dtype(tensor.get(), &dtype), "aoti_torch_get_dtype");

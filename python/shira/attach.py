@@ -291,8 +291,9 @@ def _choose(
     loss: Loss | None,
 ) -> list[Chosen]:
     """The entries of a config, in the model's order."""
-    wanted = set(weights)
-    named = {name: weight for weight, name in first_names(model).items() if weight in wanted}
+    names = first_names(model)
+    by_name = {names[weight]: weight for weight in weights}
+    named = {name: by_name[name] for name in names.values() if name in by_name}
     if calibration is None:
         entries = choose_entries(config, named)
     else:
