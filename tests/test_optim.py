@@ -45,7 +45,8 @@ def vectors(
     compute = torch.promote_types(dtype, torch.float32)
     if one_arena:
         lists = list(torch.cat(lists).split(counts))
-        values = torch.cat(base).to(compute, copy=True).split(counts)
+        # `.data`: each vector counts its own versions.
+        values = [part.data for part in torch.cat(base).to(compute, copy=True).split(counts)]
     else:
         values = [entries.to(compute, copy=True) for entries in base]
     parameters = [torch.nn.Parameter(part) for part in values]
