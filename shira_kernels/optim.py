@@ -311,7 +311,8 @@ class ShiraAdamW(torch.optim.Optimizer):
                 raise ValueError(f"state_dict: group {number} has amsgrad, which ShiraAdamW has not")
             for place, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
                 name = f"state_dict: parameter {place} of group {number}"
-                result[p] = self._checked_entry(name, p, saved.get(key, {}), options["decay"])
+                if entry := self._checked_entry(name, p, saved.get(key, {}), options["decay"]):
+                    result[p] = entry
         return result
 
     def _checked_entry(self, name: str, p: torch.Tensor, saved: Any, decay: str) -> dict[str, Any]:

@@ -35,8 +35,8 @@ def ulp_distance(actual: torch.Tensor, exact: torch.Tensor, scale: torch.Tensor)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, for comparisons to the last bit."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    """A copy of the bytes of a tensor, for comparisons to the last bit."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def sorted_indices(numel: int, nnz: int, dtype: torch.dtype = torch.int64, seed: int = 0) -> torch.Tensor:

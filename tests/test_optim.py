@@ -45,7 +45,8 @@ def vectors(
     compute = torch.promote_types(dtype, torch.float32)
     if one_arena:
         lists = list(torch.cat(lists).split(counts))
-        values = torch.cat(base).to(compute, copy=True).split(counts)
+        # `.data`: each vector counts its own versions.
+        values = [part.data for part in torch.cat(base).to(compute, copy=True).split(counts)]
     else:
         values = [entries.to(compute, copy=True) for entries in base]
     parameters = [torch.nn.Parameter(part) for part in values]
@@ -275,6 +276,7 @@ def test_options_of_a_group_hooks_closures_and_schedulers() -> None:
     a, b = vectors((300, 40))
     optimizer = ShiraAdamW([{"params": [a], "lr": 0.0, "weight_decay": 0.0}], lr=1e-1)
     optimizer.add_param_group({"params": [b]})
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
@@ -290,7 +292,6 @@ def test_options_of_a_group_hooks_closures_and_schedulers() -> None:
     assert seen == ["before", "after"]
     assert torch.equal(a, before[0])
     assert not torch.equal(b, before[1])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
     schedule.step()
     after = b.detach().clone()
     optimizer.step(closure)
