@@ -261,3 +261,12 @@ def test_twice() -> None:
     shira.attach(model, config(["0"]))
     with pytest.raises(RuntimeError, match="attached already"):
         shira.mask_gradients(model, config(["2"]))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    shira.mask_gradients(model, config("all-linear"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"\d\.weight: mask_gradients trains in one process only"):
+        model(torch.randn(4, 6)).sum().backward()
