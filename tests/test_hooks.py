@@ -185,6 +185,7 @@ def test_copies_casts_and_checkpoints() -> None:
         shira.mask_gradients(fresh, config("all-linear"))
         fresh.load_state_dict(twin.state_dict(), assign=assign)
         assert torch.equal(fresh(x), twin(x))
+        fresh.load_state_dict({"0.weight": torch.zeros(8, 6)}, strict=False, assign=assign)
         fresh(x).sum().backward()
         assert fresh[0].weight.grad is None
         assert fresh[0].shira_values.grad is not None
@@ -260,3 +261,12 @@ def test_twice() -> None:
     shira.attach(model, config(["0"]))
     with pytest.raises(RuntimeError, match="attached already"):
         shira.mask_gradients(model, config(["2"]))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    shira.mask_gradients(model, config("all-linear"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"\d\.weight: mask_gradients trains in one process only"):
+        model(torch.randn(4, 6)).sum().backward()

@@ -158,8 +158,8 @@ def test_inductor_after_attaching_a_compiled_model_and_loading() -> None:
             net(x).square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(run(x), twin(x))
-    model.load_state_dict(start)
-    twin.load_state_dict(start)
+    for net in (model, twin):
+        net.load_state_dict({name: tensor for name, tensor in start.items() if "shira" in name}, strict=False)
     torch.testing.assert_close(run(x), twin(x))
     for handle in handles:
         handle.detach()

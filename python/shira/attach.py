@@ -151,6 +151,8 @@ def attach(
     Warns:
         UserWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
 
+    Several processes can train together (DistributedDataParallel), several threads (nn.DataParallel) not.
+
     A reentrant activation checkpoint gives no gradients unless one of its inputs requires grad, here as in any model
     whose first layers are frozen; models of transformers see to it when they enable checkpointing.
     """

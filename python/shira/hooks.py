@@ -30,8 +30,8 @@ def mask_gradients(
     optimizer gets `handle.parameters()`; if it is given `model.parameters()`, it finds no gradient at the dense ones
     and leaves them alone. Everything else is frozen but modules_to_save.
 
-    Use `attach` for the layers that it knows: there the dense gradient is not even formed, and DistributedDataParallel
-    works, which here would reduce the dense gradients.
+    Use `attach` for the layers that it knows: there the dense gradient is seldom formed, and several processes can
+    train together; here their backward raises RuntimeError.
 
     Args:
         model: any module; the parameters must be contiguous float64, float32, bfloat16 or float16.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
@@ -284,6 +284,9 @@ def _gather_gradient(of: weakref.ref[Target], weight: torch.Tensor) -> None:
     target, dense = of(), weight.grad
     if target is None or dense is None:
         return
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        # Wrappers would put dense gradients back after this, or leave those of the values as they are in each process.
+        raise RuntimeError(f"{target.name}: mask_gradients trains in one process only; attach trains in several")
     values = target.values
     if values.requires_grad:
         dense = dense.to_dense() if dense.is_sparse else dense
