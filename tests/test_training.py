@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 import shira
+from shira import layers
+from shira_kernels import optim
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -54,13 +57,18 @@ IDS = torch.arange(16 * 8).view(16, 8) * 7 % 40
 ATTACH: dict[str, Callable] = {"attach": shira.attach, "mask_gradients": shira.mask_gradients}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("own_optimizer", [False, True], ids=["trainers_optimizer", "ShiraAdamW"])
 @pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH.keys())
-def test_trainer_resumes_to_the_same_bits(attach: Callable, tmp_path: Path) -> None:
+def test_trainer_resumes_to_the_same_bits(
+    attach: Callable, own_optimizer: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
     data = [{"input_ids": row, "labels": row} for row in IDS]
 
     def run(steps: int, resume: bool) -> tuple[nn.Module, shira.Handle]:
-        model = tiny_llama()
+        model = tiny_llama().to(dtype)
         handle = attach(model, config([*TARGETS, "embed_tokens"]))
+        optimizer = shira.ShiraAdamW(handle.parameters(), lr=0.02, weight_decay=0.1) if own_optimizer else None
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path / ("interrupted" if resume or steps < 6 else "whole")),
             max_steps=6,
@@ -75,7 +83,7 @@ def test_trainer_resumes_to_the_same_bits(attach: Callable, tmp_path: Path) -> N
             disable_tqdm=True,
             seed=1,
         )
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None))
 
         class Stop(transformers.TrainerCallback):
             def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
@@ -92,7 +100,7 @@ def test_trainer_resumes_to_the_same_bits(attach: Callable, tmp_path: Path) -> N
     for name, part in resumed.adapter().items():
         assert torch.equal(part.values, whole.adapter()[name].values)
     resumed.detach()
-    base = tiny_llama().state_dict()
+    base = tiny_llama().to(dtype).state_dict()
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
 
 
@@ -129,7 +137,13 @@ def steps(model: nn.Module, run: Callable, handle: shira.Handle, optimizer: type
 
 
 @pytest.mark.parametrize(
-    ("attach", "optimizer"), [(shira.attach, torch.optim.AdamW), (shira.mask_gradients, torch.optim.SGD)]
+    ("attach", "optimizer"),
+    [
+        (shira.attach, torch.optim.AdamW),
+        (shira.attach, shira.ShiraAdamW),
+        (shira.mask_gradients, torch.optim.SGD),
+        (shira.mask_gradients, shira.ShiraAdamW),
+    ],
 )
 def test_compiled_llama(attach: Callable, optimizer: type) -> None:
     torch._dynamo.reset()
@@ -185,14 +199,15 @@ def test_activation_checkpointing(attach: Callable, reentrant: bool, before: boo
     assert_equal(*gradients)
 
 
+@pytest.mark.parametrize("optimizer_type", [torch.optim.AdamW, shira.ShiraAdamW])
 @pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH.keys())
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, torch.bfloat16), (torch.bfloat16, None)])
 def test_mixed_precision_scaler_clipping_and_accumulation(
-    attach: Callable, dtype: torch.dtype, autocast: torch.dtype | None
+    attach: Callable, dtype: torch.dtype, autocast: torch.dtype | None, optimizer_type: type
 ) -> None:
     model = tiny_llama().to(dtype)
     handle = attach(model, config())
-    optimizer = torch.optim.AdamW(handle.parameters(), lr=0.02)
+    optimizer = optimizer_type(handle.parameters(), lr=0.02)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     losses = []
     for _ in range(4):
@@ -211,10 +226,11 @@ def test_mixed_precision_scaler_clipping_and_accumulation(
     assert all(values.dtype == torch.float32 for values in handle.parameters())
 
 
-def test_a_step_that_the_scaler_skips_writes_nothing() -> None:
+@pytest.mark.parametrize("optimizer_type", [torch.optim.SGD, shira.ShiraAdamW])
+def test_a_step_that_the_scaler_skips_writes_nothing(optimizer_type: type) -> None:
     model = tiny_llama()
     handle = shira.attach(model, config())
-    optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+    optimizer = optimizer_type(handle.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(model(input_ids=IDS, labels=IDS).loss).backward()
     next(handle.parameters()).grad[0] = float("inf")
@@ -223,3 +239,42 @@ def test_a_step_that_the_scaler_skips_writes_nothing() -> None:
     scaler.update()
     model(input_ids=IDS)
     assert_equal(values_of(handle), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH.keys())
+def test_shira_adamw_updates_and_writes_the_whole_model_in_one_call(
+    attach: Callable, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, twin = tiny_llama().to(dtype), tiny_llama().to(dtype)
+    handles = [attach(net, config([*TARGETS, "embed_tokens"])) for net in (model, twin)]
+    optimizers = [
+        shira.ShiraAdamW(handles[0].parameters(), lr=0.02),
+        torch.optim.AdamW(handles[1].parameters(), lr=0.02),
+    ]
+    calls: Counter[str] = Counter()
+    for module, op in ((optim, "masked_adamw"), (layers, "scatter_apply")):
+        monkeypatch.setattr(module, op, counted(getattr(module, op), calls))
+    for _ in range(3):
+        for net, optimizer in zip((model, twin), optimizers, strict=True):
+            calls.clear()
+            net(input_ids=IDS[:4], labels=IDS[:4]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            expected = {"masked_adamw": 1} if net is model else {"scatter_apply": len(list(handles[1].parameters()))}
+            assert calls == expected
+    calls.clear()
+    torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=2e-2, atol=1e-4)
+    assert not calls, "nothing is written that the optimizer wrote"
+    for name, part in handles[0].adapter().items():
+        torch.testing.assert_close(part.values, handles[1].adapter()[name].values, rtol=1e-2, atol=1e-4)
+        assert torch.equal(model.get_parameter(name).view(-1)[part.indices], part.values)
+        assert not torch.equal(part.values, tiny_llama().to(dtype).get_parameter(name).view(-1)[part.indices])
+
+
+def counted(function: Callable, calls: Counter[str]) -> Callable:
+    def call(*arguments: object) -> object:
+        calls[function.__name__] += 1
+        return function(*arguments)
+
+    return call
