@@ -1,6 +1,6 @@
 """Ways to train one Llama, for bench_training.py; as a command, the peak memory of one of them in a process of its own:
 
-python bench/training_sides.py "SHiRA (ours)"     prints bytes
+python bench/training_sides.py "SHiRA (ours)" cpu     prints bytes
 """
 
 from __future__ import annotations
@@ -15,9 +15,33 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
 RANK = 10
-BATCH, TOKENS, VOCABULARY = 4, 256, 256
+VOCABULARY = 256
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FLOOR, OURS = "frozen weights", "SHiRA (ours)"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama and its batch."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    dtype: str
+    batch: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} Llama layers, hidden {self.hidden}, batch {self.batch} x {self.tokens}, {self.dtype}"
+
+
+# 52 M weights for a CPU; for a GPU the layers of a Llama of 1 B weights.
+SHAPES = {
+    "cpu": Shape(1024, 2816, 4, 16, 16, "float32", 4, 256),
+    "cuda": Shape(2048, 8192, 16, 32, 8, "bfloat16", 4, 1024),
+}
 
 
 @dataclass
@@ -29,24 +53,26 @@ class Training:
     trained: int  # numbers
 
 
-def llama() -> LlamaForCausalLM:
-    """Four layers of hidden size 1024: 52 M weights, float32, the same ones each time."""
+def llama(device: str) -> LlamaForCausalLM:
+    """The device's shape, the same weights each time."""
+    shape = SHAPES[device]
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=16,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
         vocab_size=VOCABULARY,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=shape.tokens,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config).to(device, getattr(torch, shape.dtype))
 
 
-def batch() -> torch.Tensor:
-    return torch.randint(VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+def batch(device: str) -> torch.Tensor:
+    size = (SHAPES[device].batch, SHAPES[device].tokens)
+    return torch.randint(VOCABULARY, size, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def _training(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> Training:
@@ -62,26 +88,26 @@ def _training(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -
     return Training(model, step, sum(p.numel() for p in parameters))
 
 
-def frozen() -> Training:
+def frozen(device: str) -> Training:
     """Nothing is trained; the backward goes down to the embeddings: what any adapter must pay."""
-    model = llama()
+    model = llama(device)
     model.requires_grad_(False)
     model.enable_input_require_grads()
     return _training(model, None)
 
 
-def ours() -> Training:
+def ours(device: str) -> Training:
     import shira
 
-    model = llama()
+    model = llama(device)
     handle = shira.attach(model, shira.ShiraConfig(target_modules=PROJECTIONS, mask="rand", r=RANK))
     return _training(model, shira.ShiraAdamW(handle.parameters(), lr=1e-4, weight_decay=0.0))
 
 
-def _peft(config: object) -> Training:
+def _peft(device: str, config: object) -> Training:
     from peft import get_peft_model
 
-    model = get_peft_model(llama(), config)
+    model = get_peft_model(llama(device), config)
     return _training(model, _adamw(model))
 
 
@@ -90,30 +116,30 @@ def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
 
-def lora() -> Training:
+def lora(device: str) -> Training:
     from peft import LoraConfig
 
-    return _peft(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS))
+    return _peft(device, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS))
 
 
-def dora() -> Training:
+def dora(device: str) -> Training:
     from peft import LoraConfig
 
-    return _peft(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, use_dora=True))
+    return _peft(device, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, use_dora=True))
 
 
-def shira_peft() -> Training:
+def shira_peft(device: str) -> Training:
     from peft import ShiraConfig
 
-    return _peft(ShiraConfig(r=RANK, target_modules=PROJECTIONS))
+    return _peft(device, ShiraConfig(r=RANK, target_modules=PROJECTIONS))
 
 
-def full() -> Training:
-    model = llama()
+def full(device: str) -> Training:
+    model = llama(device)
     return _training(model, _adamw(model))
 
 
-SIDES: dict[str, Callable[[], Training]] = {
+SIDES: dict[str, Callable[[str], Training]] = {
     OURS: ours,
     FLOOR: frozen,
     "LoRA (PEFT)": lora,
@@ -123,17 +149,19 @@ SIDES: dict[str, Callable[[], Training]] = {
 }
 
 
-def peak_bytes(side: str, steps: int = 3) -> int:
-    """The most memory that this process has held after some steps of one side."""
+def peak_bytes(side: str, device: str, steps: int = 3) -> int:
+    """The most memory that this process has held after some steps of one side: its own on a CPU, tensors on a GPU."""
     torch.set_num_threads(1)
-    training = SIDES[side]()
-    ids = batch()
+    training = SIDES[side](device)
+    ids = batch(device)
     for _ in range(steps):
         training.step(ids)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":
     transformers_logging.set_verbosity_error()
-    print(peak_bytes(sys.argv[1]))
+    print(peak_bytes(*sys.argv[1:]))

@@ -165,7 +165,7 @@ def train(
 ) -> tuple[shira.Adapter, list[float]]:
     """Trains an adapter on `text` (uint8, 1-D) and leaves the model as it was; also the bits per byte of each batch."""
     handle = shira.attach(model, CONFIG)
-    optimizer = torch.optim.AdamW(handle.parameters(), lr=PEAK_LR, betas=BETAS, weight_decay=0.0)
+    optimizer = shira.ShiraAdamW(handle.parameters(), lr=PEAK_LR, betas=BETAS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.0) * (1.0 - step / steps)
     )
