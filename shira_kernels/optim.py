@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from operator import ne
 from typing import Any, Protocol
 
@@ -55,7 +56,8 @@ class ShiraAdamW(torch.optim.Optimizer):
        `shira::masked_adamw` for all vectors that lie side by side in memory.
     2. Dense parameters listed in `indices`: only the listed entries move; no momentum or decay reaches the others. The
        moments are as long as the list, entries of bfloat16 and float16 parameters have float32 masters in the state,
-       and the dense gradient is released (`.grad = None`) by the step.
+       and the dense gradient is released (`.grad = None`) by the step. A master overrules what others write into its
+       entry after the first step.
     3. All others: as `torch.optim.AdamW`, to the same bits.
 
     1 and 2 compute in float32 (float64 for float64 weights) and agree with `torch.optim.AdamW` on the entries as a
@@ -96,7 +98,6 @@ class ShiraAdamW(torch.optim.Optimizer):
         }
         _check_options(defaults)
         super().__init__(params, defaults)
-        self._index_arenas: dict[tuple[int, ...], tuple[list[torch.Tensor], torch.Tensor]] = {}
         self._list_entries(indices or {}, [p for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -120,9 +121,11 @@ class ShiraAdamW(torch.optim.Optimizer):
         for p, index in indices.items():
             if p not in known:
                 raise ValueError(f"indices: a tensor of shape {tuple(p.shape)} is not among the parameters")
+            if "indices" in self.state.get(p, {}):
+                raise ValueError(f"indices of a parameter of shape {tuple(p.shape)} are given twice")
             _check_entries(p, index)
         for p, index in indices.items():
-            self.state[p] = {"indices": index.detach().to(p.device)}
+            self.state[p] = {"indices": index.detach().to(p.device, copy=True)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -148,6 +151,10 @@ class ShiraAdamW(torch.optim.Optimizer):
                 continue
             state, target = self.state[p], getattr(p, "shira_target", None)
             if "indices" in state:
+                if state["indices"].device != p.device:  # the parameter was moved before the first step
+                    state["indices"] = state["indices"].to(p.device)
+                if group["decay"] == "deltas" and "step" in state and "base" not in state:
+                    raise RuntimeError("decay='deltas' must be chosen before the first step: the base is gone")
                 grad = p.grad
                 if group["maximize"]:
                     grad = grad.reshape(-1)[state["indices"]].neg_()
@@ -206,7 +213,7 @@ class ShiraAdamW(torch.optim.Optimizer):
         masked_adamw(
             [part.weight for part in run],
             torch.tensor(borders),
-            self._indices_of(run),
+            _lists(run),
             [part.grad for part in run],
             _arena(run, "exp_avg"),
             _arena(run, "exp_avg_sq"),
@@ -219,19 +226,6 @@ class ShiraAdamW(torch.optim.Optimizer):
             0.0 if group["decay"] == "deltas" else group["weight_decay"],
         )
         torch._foreach_add_(steps, 1)
-
-    def _indices_of(self, run: list[_Part]) -> torch.Tensor:
-        """The lists of a run as one, copied only if they do not lie side by side, and then kept."""
-        lists = [part.indices for part in run]
-        joined = _joined(lists)
-        if joined is not None:
-            return joined
-        key = tuple(id(part.parameter) for part in run)
-        kept, joined = self._index_arenas.get(key, ([], lists[0]))
-        if len(kept) != len(lists) or any(a is not b for a, b in zip(kept, lists, strict=True)):
-            joined = torch.cat(lists)
-            self._index_arenas[key] = lists, joined
-        return joined
 
     def _step_ordinary(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
         if not params:
@@ -264,6 +258,8 @@ class ShiraAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the state is of other parameters, other indices or another optimizer. Nothing was changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict must be what state_dict() gave, got {type(state_dict).__name__}")
         loaded: dict[torch.Tensor, dict[str, Any]] = {}
 
         def check(_: Any, state_dict: dict[str, Any]) -> None:
@@ -286,7 +282,6 @@ class ShiraAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._index_arenas = {}
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("decay", "weights")
@@ -298,7 +293,8 @@ class ShiraAdamW(torch.optim.Optimizer):
             raise ValueError(
                 "state_dict must be what an optimizer's state_dict() gave: param_groups or state is missing"
             )
-        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
+        sizes = [len(group.get("params", ())) if isinstance(group, Mapping) else None for group in saved_groups]
+        if sizes != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("state_dict has other parameter groups, or groups of other sizes, than this optimizer")
         result = {}
         for number, (saved_group, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
@@ -352,13 +348,17 @@ class ShiraAdamW(torch.optim.Optimizer):
 
 def _check_options(options: Mapping[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
-        if not (math.isfinite(options[name]) and options[name] >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {options[name]}")
+        if not (_is_number(options[name]) and math.isfinite(options[name]) and options[name] >= 0):
+            raise ValueError(f"{name} must be a finite number and not negative, got {options[name]!r}")
     betas = options["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
     if options["decay"] not in DECAYS:
         raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {options['decay']!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 
 def _check_entries(p: torch.Tensor, index: torch.Tensor) -> None:
@@ -405,8 +405,10 @@ def _runs(parts: list[_Part], adjacent: bool) -> list[list[_Part]]:
     if len(set(steps)) == 1 and not (adjacent and _joined([part.parameter for part in parts]) is None):
         return [parts]
     runs = [parts[:1]]
-    for before, part, steps_differ in zip(parts, parts[1:], map(ne, steps, steps[1:]), strict=False):
-        if steps_differ or (adjacent and _joined([before.parameter, part.parameter]) is None):
+    for part, steps_differ in zip(parts[1:], map(ne, steps, steps[1:]), strict=True):
+        # Vectors may be empty: the last one that is not says where the run ends.
+        last = next((p.parameter for p in reversed(runs[-1]) if p.parameter.numel()), part.parameter)
+        if steps_differ or (adjacent and _joined([last, part.parameter]) is None):
             runs.append([])
         runs[-1].append(part)
     return runs
@@ -427,6 +429,15 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
     if end > storage.data_ptr() + storage.nbytes():
         return None  # two allocations that happen to meet
     return first.detach().as_strided(((end - begin) // first.element_size(),), (1,))
+
+
+def _lists(run: list[_Part]) -> torch.Tensor:
+    """The lists of a run as one; those of attached vectors lie side by side."""
+    if run[0].target is None:
+        return _arena(run, "indices")
+    lists = [part.indices for part in run]
+    joined = _joined(lists)
+    return torch.cat(lists) if joined is None else joined
 
 
 def _arena(run: list[_Part], name: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -323,7 +324,7 @@ def test_training_resumes_from_a_state_dict() -> None:
     train(model, handle)
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert saved["0.shira_indices"].dtype == torch.int32
-    assert "0.shira_base" not in saved
+    assert torch.equal(saved["0.shira_base"], fresh[0].weight.view(-1)[saved["0.shira_indices"]])
     for assign in (False, True):
         again = copy.deepcopy(fresh)
         resumed = shira.attach(again, config)
@@ -393,7 +394,11 @@ def test_layers_that_share_a_weight_share_the_values(target_modules: list[str]) 
     x = torch.randn(4, 5, dtype=torch.float64)
     handle = shira.attach(model, shira.ShiraConfig(target_modules, density=0.4))
     assert [name for name, _ in handle.named_parameters()] == ["first.shira_values"]
-    assert [name for name in model.state_dict() if "shira" in name] == ["first.shira_values", "first.shira_indices"]
+    assert [name for name in model.state_dict() if "shira" in name] == [
+        "first.shira_values",
+        "first.shira_indices",
+        "first.shira_base",
+    ]
     for net in (dense, model):
         net(x).square().sum().backward()
     expected = dense.first.weight.grad.view(-1)[model.first.shira_indices]
@@ -1031,3 +1036,117 @@ def test_values_are_written_in_inference_mode_too() -> None:
         model(torch.zeros(1, 6))
     assert (model[0].weight == 2).sum() == next(handle.parameters()).numel()
     model(torch.zeros(1, 6)).sum().backward()
+
+
+def test_a_checkpoint_brings_its_base() -> None:
+    """The usual order of resuming: a new model, attach, load_state_dict."""
+    trained, fresh = mlp(), mlp()
+    base = trained[0].weight.detach().clone()
+    config = shira.ShiraConfig("all-linear", mask="rand", density=0.3)
+    handle = shira.attach(trained, config)
+    train(trained, handle)
+    resumed = shira.attach(fresh, config)
+    fresh.load_state_dict(trained.state_dict())
+    adapter = resumed.adapter()
+    resumed.detach()
+    assert torch.equal(fresh[0].weight, base)
+    handle.detach()
+    shira.attach(trained, adapter)  # its checksum is that of the base
+
+
+def test_state_dicts_that_would_mix_two_bases_are_refused() -> None:
+    model, other = (nn.Sequential(nn.Linear(9, 7)) for _ in range(2))
+    plain = copy.deepcopy(other.state_dict())
+    config = shira.ShiraConfig("all-linear", mask="rand", density=0.3)
+    shira.attach(model, config)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="load it before attach"):
+        model.load_state_dict(plain, strict=False)
+    shira.attach(other, config)
+    values_only = {name: tensor for name, tensor in other.state_dict().items() if "shira" in name}
+    with pytest.raises(RuntimeError, match="saved over another base"):
+        model.load_state_dict(values_only, strict=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, shira.ShiraAdamW])
+@pytest.mark.parametrize(("first", "then"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_values_follow_the_weights_precision(first: torch.dtype, then: torch.dtype, optimizer: type) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).to(first)
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
+    stepper = optimizer(handle.parameters(), lr=0.1)
+    for dtype in (first, then):
+        model.to(dtype)
+        assert {values.dtype for values in handle.parameters()} == {dtype}
+        fresh = optimizer(handle.parameters(), lr=0.1) if dtype is then else stepper
+        before = handle.adapter()
+        model(torch.ones(3, 6, dtype=dtype)).sum().backward()
+        fresh.step()
+        fresh.zero_grad()
+        for name, part in handle.adapter().items():
+            assert part.dtype == dtype
+            assert not torch.equal(part.values, before[name].values)
+
+
+def test_channels_last_keeps_trained_weights_contiguous() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(4, 8, 3))
+    base = copy.deepcopy(model.state_dict())
+    handle = shira.attach(model, shira.ShiraConfig(["0", "1"], mask="rand", density=0.2))
+    model.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for values in handle.parameters():
+            values.add_(1)
+    handle.adapter()
+    handle.detach()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_the_graph_copies_no_gradients(kind: str) -> None:
+    """As it would behind an in-place identity on a view, which a linear layer with bias gives for 3-D input."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D
+    layer = nn.Linear(6, 5) if kind == "linear" else conv1d(5, 6)
+    model = nn.Sequential(layer, nn.ReLU())
+    shira.attach(model, shira.ShiraConfig(["0"], mask="rand", density=0.5))
+    output = model(torch.randn(2, 3, 6, requires_grad=True))
+    names, pending = set(), [output.grad_fn]
+    while pending:
+        node = pending.pop()
+        names.add(type(node).__name__)
+        pending += [parent for parent, _ in node.next_functions if parent is not None]
+    assert "_LinearTapBackward" in names
+    assert "CopySlices" not in names
+
+
+def test_gradients_from_before_are_not_used() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    base = copy.deepcopy(model.state_dict())
+    model(torch.ones(3, 6)).sum().backward()
+    handle = shira.attach(model, shira.ShiraConfig(["0"], mask="rand", density=0.5))
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    handle.detach()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+    model(torch.ones(3, 6)).sum().backward()
+    handle = shira.mask_gradients(model, shira.ShiraConfig(["0"], mask="rand", density=0.5))
+    model(torch.zeros(3, 6)).sum().backward()
+    assert all(not values.grad.any() for values in handle.parameters())
+
+
+@pytest.mark.parametrize("attach", [shira.attach, shira.mask_gradients])
+def test_every_name_must_match(attach: Callable) -> None:
+    with pytest.raises(ValueError, match="target_modules: 'typo' matches no module"):
+        attach(nn.Sequential(nn.Linear(6, 5)), shira.ShiraConfig(["0", "typo"]))
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(ValueError, match=r"model must be an nn\.Module, got int"):
+        shira.attach(5, shira.ShiraConfig("all-linear"))
+
+
+def test_pickled_models_train_on() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    shira.attach(model, shira.ShiraConfig("all-linear", mask="rand", density=0.5))
+    twin = pickle.loads(pickle.dumps(model))
+    for net in (model, twin):
+        net(torch.ones(2, 6)).sum().backward()
+    assert torch.equal(twin[0].shira_values.grad, model[0].shira_values.grad)

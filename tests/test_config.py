@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -113,3 +114,15 @@ def test_import_is_light() -> None:
     code = f"import sys, shira; print(*({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_numpy_numbers_become_pythons() -> None:
+    np = pytest.importorskip("numpy", reason="numpy is not installed")
+    made = shira.ShiraConfig("all-linear", density=np.float64(0.1), seed=np.int64(3))
+    assert (made.density, made.seed) == (0.1, 3)
+    assert (type(made.density), type(made.seed)) == (float, int)
+
+
+def test_a_mask_function_needs_a_name() -> None:
+    with pytest.raises(ValueError, match="mask must have a name"):
+        shira.ShiraConfig("all-linear", mask=functools.partial(shira.masks.wm))

@@ -232,3 +232,17 @@ def test_an_object_can_be_a_mask() -> None:
     fields = config(mask=Own(), k=3)
     assert fields.to_dict()["mask"].endswith("Own")
     assert counts(choose_entries(fields, WEIGHTS)) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("mask", ["struct", "rand", "wm", "small"])
+def test_families_are_disjoint_whatever_skip_and_granularity_are(mask: str) -> None:
+    weights = {"a": torch.randn(6, 10, generator=torch.Generator().manual_seed(0))}
+    for granularity in (2, 3, 4):
+        for skip in range(5):
+            for k in (2, 3, 5):
+                taken: set[int] = set()
+                for family in range(4):
+                    fields = {"k": k, "skip": skip, "family": family, "granularity": granularity}
+                    chosen = choose_entries(config(mask=mask, **fields), weights)["a"].tolist()
+                    assert taken.isdisjoint(chosen), fields
+                    taken.update(chosen)

@@ -5,8 +5,6 @@
 // they lie, in their own layout, and what an entry needs is in cache. Threads share rows by their cost; an entry's sum
 // does not depend on that.
 #include <algorithm>
-#include <atomic>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>

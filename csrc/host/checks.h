@@ -28,6 +28,8 @@ struct WeightPart {
 int32_t dtype_of(const Tensor& tensor);
 Element element_of(int32_t dtype);
 std::string dtype_name(int32_t dtype);
+
+// "(2, 3)", as Python writes a shape.
 std::string shape_of(const Tensor& tensor);
 
 bool same_device(const Tensor& a, const Tensor& b);
@@ -49,9 +51,6 @@ std::vector<WeightPart> check_parts(const char* op, const std::vector<Tensor>& w
 
 // All weights are of the dtype of the first, on the device of `indices`, and contiguous.
 void check_weights(const char* op, const std::vector<WeightPart>& parts, const Tensor& indices);
-
-// "(2, 3)", as Python writes a shape.
-std::string shape_of(const Tensor& tensor);
 
 // No tensor of `written` shares memory with any other of either list. All are contiguous.
 void check_overlap(const char* op, const std::vector<Argument>& written, const std::vector<Argument>& read);

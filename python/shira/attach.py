@@ -99,8 +99,13 @@ class Handle:
         in both cases.
         """
         model = self._attached_model
+        for target in self._targets:  # before anything is taken out, so that it can be tried again if this fails
+            if keep:
+                target.write_back(always_compare=True)
+            else:
+                target.write_base()
         for target in self._targets:
-            target.release(keep)
+            target.release()
             claim(target.weight, None)
         layers.restore_classes(model.modules())
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -153,6 +158,9 @@ def attach(
 
     Several processes can train together (DistributedDataParallel), several threads (nn.DataParallel) not.
 
+    A weight that is also read without calling its layer, as in F.linear(x, embedding.weight), gets the gradient of the
+    layer's own calls only: use `mask_gradients` for it. There is no double backward through attached layers.
+
     A reentrant activation checkpoint gives no gradients unless one of its inputs requires grad, here as in any model
     whose first layers are frozen; models of transformers see to it when they enable checkpointing.
     """
@@ -177,6 +185,8 @@ def attach_with(
     match: the parameters that a config means. mixin: what a module that uses one becomes, by its name and the
     parameter's in it; raises ValueError if it cannot be trained. dense: the weights themselves get gradients.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
     if any(isinstance(module, Attached) for module in model.modules()):
         raise RuntimeError("the model has entries attached already: detach them first")
     if torch.is_inference_mode_enabled():
@@ -202,6 +212,8 @@ def attach_with(
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_saved(name, saved))
+        if not parameter.requires_grad:
+            parameter.grad = None  # an optimizer that has the parameter would still use it
     places = [layers.in_arenas([getattr(part, kind) for part in chosen]) for kind in ("values", "indices", "base")]
     targets = []
     for part, *slices in zip(chosen, *places, strict=True):
@@ -361,8 +373,10 @@ def check_base(name: str, tensor: AdapterTensor, base: torch.Tensor) -> None:
 
 def _matched_weights(model: nn.Module, config: ShiraConfig) -> list[nn.Parameter]:
     """The weights of the modules that target_modules means."""
+    found = matched_modules(model, config)
+    check_all_match(found, config)
     weights = []
-    for name, module in matched_modules(model, config).items():
+    for name, module in found.items():
         _mixin(name, module, "weight")
         weight = module._parameters.get("weight")
         if weight is None:
@@ -385,6 +399,14 @@ def matched_modules(model: nn.Module, config: ShiraConfig) -> dict[str, nn.Modul
             if layers.is_linear(module) and module is not output and not layers.is_bypassed(module)
         }
     return {name: module for name, module in named.items() if name_matches(name, config)}
+
+
+def check_all_match(names: Iterable[str], config: ShiraConfig, kind: str = "module") -> None:
+    """Refuses a list of target_modules with an entry that none of the names matches."""
+    names = list(names)
+    for entry in () if isinstance(config.target_modules, str) else config.target_modules:
+        if not any(names_match(name, [entry]) for name in names):
+            raise ValueError(f"target_modules: {entry!r} matches no {kind} of the model")
 
 
 def name_matches(name: str, config: ShiraConfig) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from shira.masks import MASKS, Mask
@@ -79,12 +81,8 @@ class ShiraConfig:
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
         self._check_mask()
         self._check_budget()
-        for field, least in (("skip", 0), ("family", 0), ("granularity", 1), ("offset", 0)):
-            value = getattr(self, field)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{field} must be a whole number of at least {least}, got {value!r}")
-        if type(self.seed) is not int:
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+        for field, least in (("skip", 0), ("family", 0), ("granularity", 1), ("offset", 0), ("seed", None)):
+            self._check_whole(field, least)
         if self.calibration not in ("sum", "abs"):
             raise ValueError(f"calibration must be 'sum' or 'abs', got {self.calibration!r}")
 
@@ -96,7 +94,10 @@ class ShiraConfig:
         if not named and not callable(self.mask):
             known = ", ".join(sorted(MASKS))
             raise ValueError(f"mask must be one of {known}, a function, or its 'module:name', got {self.mask!r}")
-        if type(self.axis) is not int or self.axis not in (0, 1):
+        if isinstance(self.mask, functools.partial):
+            raise ValueError(f"mask must have a name to be recorded by: wrap it in a function, got {self.mask!r}")
+        self._check_whole("axis", 0)
+        if self.axis not in (0, 1):
             raise ValueError(f"axis must be 0 (rows) or 1 (columns), got {self.axis!r}")
         if type(self.diagonal) is not bool:
             raise ValueError(f"diagonal must be True or False, got {self.diagonal!r}")
@@ -110,14 +111,24 @@ class ShiraConfig:
             raise ValueError(f"{' and '.join(given)} are given, but only one of density, k and r may be")
         if not given:
             object.__setattr__(self, "density", DEFAULT_DENSITY)
-        if self.density is not None and (type(self.density) not in (int, float) or not 0.0 < self.density <= 1.0):
-            raise ValueError(f"density must be a number above 0 and at most 1, got {self.density!r}")
+        if self.density is not None:
+            is_number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
+            if not is_number or not 0.0 < self.density <= 1.0:
+                raise ValueError(f"density must be a number above 0 and at most 1, got {self.density!r}")
+            object.__setattr__(self, "density", float(self.density))
         for field in ("k", "r"):
-            value = getattr(self, field)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{field} must be a whole number of at least 1, or None, got {value!r}")
+            if getattr(self, field) is not None:
+                self._check_whole(field, 1)
         if self.budget not in ("tensor", "model"):
             raise ValueError(f"budget must be 'tensor' or 'model', got {self.budget!r}")
+
+    def _check_whole(self, field: str, least: int | None) -> None:
+        """A whole number (NumPy's too, which becomes Python's) of at least `least`."""
+        value = getattr(self, field)
+        if not isinstance(value, Integral) or isinstance(value, bool) or (least is not None and value < least):
+            bound = "" if least is None else f" of at least {least}"
+            raise ValueError(f"{field} must be a whole number{bound}, got {value!r}")
+        object.__setattr__(self, field, int(value))
 
     @property
     def mask_name(self) -> str:

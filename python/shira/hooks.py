@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shira.adapter import Adapter
-from shira.attach import Handle, attach_with, matched_modules, name_matches
+from shira.attach import Handle, attach_with, check_all_match, matched_modules, name_matches
 from shira.calibrate import Loss
 from shira.config import ALL_LINEAR, ShiraConfig
 from shira.layers import Attached
@@ -63,6 +63,8 @@ def _matched_parameters(model: nn.Module, config: ShiraConfig) -> list[nn.Parame
         found.append(weight)  # type: ignore[arg-type]
     if config.target_modules != ALL_LINEAR:
         found += [p for name, p in model.named_parameters() if name_matches(canonical(name), config)]
+    names = [*matched_modules(model, config), *(canonical(name) for name, _ in model.named_parameters())]
+    check_all_match(names, config, "module or parameter")
     if not found:
         raise ValueError(f"target_modules: {config.target_modules!r} matches no module or parameter of the model")
     return list(dict.fromkeys(found))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from shira_kernels import scatter_apply
+from shira_kernels.bits import as_bits
 from shira_kernels.ops.masked_grad import masked_grad
 
 
@@ -37,12 +38,12 @@ class _Arena:
         self._moved_by: Any = None
         self._moved_from: int | None = None
 
-    def move(self, fn: Callable[[torch.Tensor], torch.Tensor], cast: bool) -> None:
-        """What `module._apply(fn)` does, once for all modules; but no cast to another dtype unless `cast`."""
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor], keep_precision: bool) -> None:
+        """What `module._apply(fn)` does, once for all modules; with `keep_precision` to float32 at least."""
         if fn is not self._moved_by:
             moved = fn(self.data)
             self._moved_by, self._moved_from = fn, self.data.data_ptr()
-            self.data = moved if cast or moved.dtype == self.data.dtype else self.data.to(moved.device)
+            self.data = precise(moved, self.data) if keep_precision else moved
 
     def begins(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> set[int | None]:
         """The addresses of vectors that `fn` has still to move, or has moved."""
@@ -50,6 +51,11 @@ class _Arena:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "_moved_by": None, "_moved_from": None}
+
+
+def precise(moved: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """`before` where `moved` is, in its dtype or float32 if that is more: trained values are never rounded to less."""
+    return before.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
 
 
 class Slice:
@@ -104,6 +110,7 @@ class Target:
             f"shira_{part}{suffix}" for part in ("values", "indices", "base")
         )
         self.csr: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._wants_csr = False
         self._slices = slices
         self._marker: tuple[int, int] | None = None  # address and version of the values that the weight holds
         self._was_told = False  # by `wrote`, since the last step
@@ -114,7 +121,7 @@ class Target:
         values, indices, base = (part.vector() for part in slices)
         owner.register_parameter(self.values_name, nn.Parameter(values))
         owner.register_buffer(self.indices_name, indices)
-        owner.register_buffer(self.base_name, base, persistent=False)
+        owner.register_buffer(self.base_name, base)
         self.bind()
 
     @property
@@ -181,11 +188,19 @@ class Target:
         """Ties parameters to this target: a new parameter (after deepcopy, load_state_dict(assign=True)) lacks that."""
         self.values.shira_target = self  # type: ignore[attr-defined]
         _Steps.watch(self)
+        if self._wants_csr:
+            self.want_csr()
         if self.dense:
             if self._gather is not None:
                 self._gather.remove()
             gather = functools.partial(_gather_gradient, weakref.ref(self))
             self._gather = self.weight.register_post_accumulate_grad_hook(gather)
+
+    def want_csr(self) -> None:
+        """A module needs `csr`."""
+        self._wants_csr = True
+        if self.csr is None:
+            self.csr = csr_of(self.indices, self.weight.shape)
 
     def rebind_copy(self) -> None:
         """Makes the copy of an arena the memory of the copied values, which torch copied by themselves."""
@@ -194,13 +209,31 @@ class Target:
             self.values.data = mine
         self.bind()
 
-    def release(self, keep: bool) -> None:
-        """Leaves the values or the base in the weight, and takes everything else out of the owner."""
-        if keep:
-            self.write_back(always_compare=True)
-        else:
-            with torch.no_grad():
-                scatter_apply(self.weight, self.indices, self.base)
+    def refusal(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> str | None:
+        """Why a state dict cannot be loaded into the owner, if that is so."""
+        weight, values = prefix + self.role, prefix + self.values_name
+        indices, base = prefix + self.indices_name, prefix + self.base_name
+        if indices in state_dict and not torch.equal(state_dict[indices].to(self.indices), self.indices):
+            return f"{indices}: the state dict was saved with other entries; attach with its config"
+        if weight in state_dict and values not in state_dict and not self._is_base(state_dict[weight]):
+            return f"{weight}: the state dict has another base and no {values}; load it before attach, or detach first"
+        if weight not in state_dict and base in state_dict and not _same_bits(state_dict[base], self.base):
+            return f"{base}: the state dict was saved over another base, and has no {weight}"
+        return None
+
+    def _is_base(self, weight: torch.Tensor) -> bool:
+        """Whether a weight has the base's entries."""
+        if weight.shape != self.weight.shape:
+            return True  # torch says what is wrong
+        return _same_bits(weight.detach().reshape(-1)[self.indices.to(weight.device)], self.base)
+
+    @torch.no_grad()
+    def write_base(self) -> None:
+        """Gives the weight its base's entries back."""
+        scatter_apply(self.weight, self.indices, self.base)
+
+    def release(self) -> None:
+        """Takes everything but the weight out of the owner."""
         if self._gather is not None:
             self._gather.remove()
         _Steps.forget(self)
@@ -217,18 +250,20 @@ class Target:
         held = [part if part.holds(vector, fn) else None for part, vector in zip(self._slices, vectors, strict=True)]
         values.grad = None
         move()
+        if not self.weight.is_contiguous():
+            self.weight.data = self.weight.data.contiguous()  # moved to channels_last: entries are flat positions
         values = self.values
         if held[0] is not None:
-            held[0].arena.move(fn, cast=False)
+            held[0].arena.move(fn, keep_precision=True)
             values.data = held[0].vector()
-        elif values.dtype != before.dtype:
-            values.data = before.to(values.device)
+        else:
+            values.data = precise(values.data, before)
         for name, part in zip((self.indices_name, self.base_name), held[1:], strict=True):
             if part is not None:
-                part.arena.move(fn, cast=True)  # as buffers are; indices are integers, which `.to(dtype)` leaves
+                part.arena.move(fn, keep_precision=False)  # indices are integers, which `.to(dtype)` leaves
                 self.owner._buffers[name] = part.vector()
         if grad is not None:
-            values.grad = grad.to(values.device)
+            values.grad = grad.to(values)
         if self.csr is not None:
             row_ptr, col = self.csr
             self.csr = row_ptr.to(self.indices.device), col.to(self.indices.device)
@@ -242,12 +277,17 @@ class Target:
         return not torch.equal(self.weight.view(-1)[self.indices], self.values.to(self.weight.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gather": None, "_marker": None}
+        # torch cannot unpickle tensors of uint16, as columns are.
+        return {**self.__dict__, "_gather": None, "_marker": None, "csr": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_parameters" in vars(self.owner):  # else the owner is copied later, and calls rebind_copy
             self.rebind_copy()
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(as_bits(a.to(b.device)), as_bits(b))
 
 
 class _Steps:
@@ -437,9 +477,8 @@ class Attached(nn.Module):
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
         for target in self.shira_owned():
-            key = prefix + target.indices_name
-            if key in state_dict and not torch.equal(state_dict[key].to(target.indices), target.indices):
-                errors.append(f"{key}: the state dict was saved with other entries; attach with its config")
+            if reason := target.refusal(state_dict, prefix):
+                errors.append(reason)
                 return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for target in self.shira_targets.values():
@@ -466,12 +505,18 @@ class _AttachedLinear(Attached):
     shira_transposed = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = super().forward(input)
+        self.shira_write_back()
         target = self.shira_trains()
-        if target is not None:
-            assert target.csr is not None
-            output = _LinearTap.apply(output, input, target.values, target.csr, self.shira_transposed)
-        return output
+        if target is None:
+            return super().forward(input)  # type: ignore[no-any-return]
+        assert target.csr is not None
+        # As a matrix, so that the product is no view: behind an identity in place on a view autograd copies gradients.
+        rows = input.flatten(0, -2) if input.dim() > 2 else input
+        output = _LinearTap.apply(self.shira_product(rows), rows, target.values, target.csr, self.shira_transposed)
+        return output.view(*input.shape[:-1], output.shape[-1]) if input.dim() > 2 else output
+
+    def shira_product(self, rows: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(rows, self.weight, self.bias)  # type: ignore[arg-type]
 
 
 class _AttachedConv1D(_AttachedLinear):
@@ -481,6 +526,9 @@ class _AttachedConv1D(_AttachedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)
+
+    def shira_product(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, rows.view(-1, rows.shape[-1]), self.weight)  # type: ignore[arg-type]
 
 
 class _AttachedEmbedding(Attached):
@@ -576,8 +624,8 @@ def make_attached(module: nn.Module, mixin: type[Attached], role: str, target: T
         module.shira_targets = {}  # type: ignore[assignment]
     assert isinstance(module, Attached)
     module.shira_targets[role] = target
-    if isinstance(module, _AttachedLinear) and target.csr is None:
-        target.csr = csr_of(target.indices, target.weight.shape)
+    if isinstance(module, _AttachedLinear):
+        target.want_csr()
 
 
 def restore_classes(modules: Iterable[nn.Module]) -> None:

@@ -26,6 +26,7 @@ import torch
 
 from shira_kernels import topk_indices
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 1 << 16  # entries hashed at a time: what fits a cache
 
 
@@ -226,8 +227,11 @@ def budget(
     weight: torch.Tensor, density: float, k: int | None, seed: int, skip: int, granularity: int
 ) -> tuple[int, int]:
     """How many runs to take and how many of the ranking to leave out before them."""
-    if not weight.is_floating_point() or weight.is_meta or not weight.numel():
-        raise ValueError(f"weight must be floating point and hold data, got {weight.dtype} {tuple(weight.shape)}")
+    if weight.dtype not in _DTYPES or weight.is_meta or not weight.numel():
+        raise ValueError(
+            "weight must be float64, float32, bfloat16 or float16 and hold data, "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
     numel = weight.numel()
     for argument, value in (("k", 1 if k is None else k), ("skip", skip), ("granularity", granularity), ("seed", seed)):
         if type(value) is not int:

@@ -102,8 +102,9 @@ class Selection:
         config, weight, k = self._config, self._weights[name].detach(), self._k[name]
         if not k:
             return torch.empty(0, dtype=_index_dtype(weight), device=weight.device)
-        # Families are counted in the runs that a mask takes, so that rounding to runs never makes two overlap.
-        taken = max(1, round(k / config.granularity)) * config.granularity
+        # Counted in the runs that a mask takes and leaves, so that rounding to runs never makes two families overlap.
+        g = config.granularity
+        left_out = round(config.skip / g) + config.family * max(1, round(k / g))
         options: dict[str, Any] = {}
         if config.mask == "struct":
             options = {"axis": config.axis, "offset": config.offset, "diagonal": config.diagonal}
@@ -113,8 +114,8 @@ class Selection:
             k=k,
             grad=grad,
             seed=tensor_seed(config.seed, name),
-            skip=config.skip + config.family * taken,
-            granularity=config.granularity,
+            skip=left_out * g,
+            granularity=g,
             **options,
         )
         return indices if self._is_own else _checked(indices, weight, config.mask_name)
@@ -213,6 +214,8 @@ def _checked(indices: Any, weight: torch.Tensor, mask: str) -> torch.Tensor:
 
     if not isinstance(indices, torch.Tensor):
         refuse(f"got {type(indices).__name__}")
+    if indices.layout != torch.strided or indices.is_meta:
+        refuse("got a tensor that is sparse or holds no data")
     if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
         refuse(f"must be 1-D int32 or int64, got {indices.dtype} {tuple(indices.shape)}")
     if not indices.numel():

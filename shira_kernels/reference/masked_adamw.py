@@ -54,7 +54,8 @@ def masked_adamw(
         # As torch.lerp, which starts from the nearer end.
         new_m = m + (g - m) * lerp if lerp < 0.5 else g + (g - m) * (lerp - 1)
         new_v = v * beta2 + g * (1 - beta2) * g
-        # torch's square root is not always the nearest number; rounded from float64 it is.
+        # torch's square root is not always the nearest number; a float32 rounded from float64 is. A float64 may be one
+        # unit off.
         root = new_v.double().sqrt().to(compute)
         denom = root / torch.full_like(root, bias_correction2_sqrt) + eps
         w = w + new_m * -step_size / denom

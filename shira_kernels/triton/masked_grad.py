@@ -9,7 +9,7 @@ entry lies in one tile: no atomics, no race, deterministic. Sums are in float32 
 Positions outside col and columns outside the tile are clamped: nothing outside is read or written.
 
 Why not sampled products: neighbouring entries of a row are far apart in x, so without a transposed copy of both
-operands each product would load a whole sector for one element. Not yet run on a GPU: the tile's size is a guess.
+operands each product would load a whole sector for one element.
 """
 
 from __future__ import annotations
