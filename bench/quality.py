@@ -427,6 +427,7 @@ class Results:
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path = path
         self.settings = settings
+        self.methods = METHODS
         self.header: dict[str, Any] = {
             "settings": json.loads(json.dumps(asdict(settings))),
             "grids": {method.name: list(method.learning_rates) for method in METHODS},
@@ -490,7 +491,7 @@ class Results:
         """Runs to be done, in order; those with the best learning rate follow when it is known."""
         first, *others = self.settings.seeds
         planned = []
-        for method in METHODS:
+        for method in self.methods:
             planned += [Planned(method, first, lr) for lr in method.learning_rates if not self.find(method, first, lr)]
             best = self.best_lr(method)
             planned += [

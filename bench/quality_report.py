@@ -49,10 +49,8 @@ class Row:
 
 def rows(results: Results) -> list[Row]:
     """All methods, the best mean first."""
-    from quality import METHODS
-
     found = []
-    for method in METHODS:
+    for method in results.methods:
         best = results.best_lr(method)
         assert best is not None
         runs = [results.find(method, seed, best) for seed in results.settings.seeds]
@@ -85,7 +83,7 @@ def paired(first: Row, second: Row) -> tuple[float, float]:
 def verdict(first: Row, second: Row) -> str:
     """In words, whether two methods differ by more than the spread of their difference."""
     mean, spread = paired(first, second)
-    points = f"{100 * mean:+.1f} ± {100 * spread:.1f} points"
+    points = f"{round(100 * mean, 1) + 0.0:+.1f} ± {100 * spread:.1f} points"  # + 0.0: no minus before zero
     if abs(mean) <= spread:
         return f"no difference beyond the spread ({points})"
     agree = len({a > b for a, b in zip(first.test, second.test, strict=True)}) == 1
@@ -162,7 +160,7 @@ def _tuning(table: list[Row]) -> list[str]:
         "## Tuning",
         "",
         "Each method tried three learning rates on the first seed; validation accuracy in %. The grids were placed by "
-        "short trials on the validation part with another seed.",
+        "short trials on the validation part with another seed, and so was the number of steps.",
         "",
         "| method | learning rate: validation accuracy |",
         "|---|---|",
