@@ -217,7 +217,7 @@ def draw_ratios(group: str, cases: list[Case]) -> bytes:
     names = list(dict.fromkeys(name for case in cases for name in case.info["baselines"]))
     height = 0.8 / len(cases)
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.32 * len(names) * len(cases)), layout="constrained")
-    colours = plt.get_cmap("tab10")
+    colours = plt.get_cmap("tab10" if len(cases) <= 10 else "tab20")
     for row, case in enumerate(cases):
         shown = [name for name in names if name in case.sides]
         places = [names.index(name) + (row - (len(cases) - 1) / 2) * height for name in shown]
@@ -229,7 +229,13 @@ def draw_ratios(group: str, cases: list[Case]) -> bytes:
         ]
         # Bars start at 1, so that a loss points to the other side.
         axes.barh(
-            places, [r - 1 for r in ratios], height, left=1, xerr=whiskers, color=colours(row % 10), label=case.label
+            places,
+            [r - 1 for r in ratios],
+            height,
+            left=1,
+            xerr=whiskers,
+            color=colours(row % colours.N),
+            label=case.label,
         )
         for y, ratio, side in zip(places, ratios, sides, strict=True):
             axes.text(
@@ -292,7 +298,8 @@ def draw_training(group: str, cases: list[Case]) -> bytes:
         for name, side in case.sides.items():
             point = ((peaks[name] - peaks[case.info["floor"]]) / 1e6, 1e6 / side["median_us"])
             axes.plot(*point, marker="*" if name == case.info["ours"] else "o", markersize=12, linestyle="none")
-            axes.annotate(name, point, xytext=(8, 6), textcoords="offset points")
+            below = name == case.info["ours"]  # beside the floor, whose label is above
+            axes.annotate(name, point, xytext=(8, -14 if below else 6), textcoords="offset points")
         axes.margins(0.18)
         axes.set_title(case.label)
         axes.set_xlabel(f"peak memory over {case.info['floor']}, MB (less is better)")
