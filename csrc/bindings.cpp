@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
                                 [&](int64_t at) { return indices[at]; });
       },
       "Where a thread's share that nominally begins at entry i begins; for tests.");
+  m.def("line_begin", shira::line_begin, "The first position that begins a cache line, from one on; for tests.");
   m.def("cuda_ops", shira::cuda_ops, "Ops with a CUDA C++ kernel in this build.");
   m.def("cuda_calls", shira::cuda_calls, "How many op calls CUDA C++ kernels have run in this process.");
   m.def("set_check_indices", shira::set_check_indices, "Whether CUDA C++ kernels check indices first, which waits.");

@@ -5,6 +5,7 @@ from shira_kernels.ops.masked_adamw import masked_adamw
 from shira_kernels.ops.masked_grad import masked_grad
 from shira_kernels.ops.scatter_apply import scatter_apply
 from shira_kernels.ops.scatter_apply_batched import scatter_apply_batched
+from shira_kernels.ops.scatter_switch_batched import scatter_switch_batched
 from shira_kernels.ops.topk_indices import topk_indices
 from shira_kernels.optim import ShiraAdamW
 
@@ -17,5 +18,6 @@ __all__ = [
     "masked_grad",
     "scatter_apply",
     "scatter_apply_batched",
+    "scatter_switch_batched",
     "topk_indices",
 ]

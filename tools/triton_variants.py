@@ -11,6 +11,7 @@ from shira_kernels.triton import masked_adamw as adamw
 from shira_kernels.triton import topk_indices as topk
 from shira_kernels.triton.scatter_apply import BLOCK, scatter_apply_kernel
 from shira_kernels.triton.scatter_apply_batched import scatter_apply_batched_kernel
+from shira_kernels.triton.scatter_switch_batched import scatter_switch_batched_kernel
 
 MODES = (_math.REPLACE.value, _math.INTERPOLATE.value, _math.ADD.value)
 # Weight and value types as the launchers pass them: bits where entries are replaced, bfloat16 as int16.
@@ -29,6 +30,7 @@ Variant = tuple[Any, dict[str, str], dict[str, Any]]
 
 def variants() -> Iterator[Variant]:
     yield from scatter_variants()
+    yield from switch_variants()
     yield from masked_grad_variants()
     yield from adamw_variants()
     yield from topk_variants()
@@ -109,6 +111,28 @@ def scatter_variants() -> Iterator[Variant]:
                 },
                 constants,
             )
+
+
+def switch_variants() -> Iterator[Variant]:
+    for mode, old_index, index in itertools.product(MODES, ("i32", "i64"), ("i32", "i64")):
+        for weight, value in PAIRS[mode]:
+            constants = {"STEPS": 8, "MODE": mode, "BLOCK": BLOCK}
+            signature = {
+                "table": "*i64",
+                "old_offsets": "*i64",
+                "old_indices": f"*{old_index}",
+                "old_saved": f"*{weight}",
+                "offsets": "*i64",
+                "indices": f"*{index}",
+                "values": f"*{value}",
+                **dict.fromkeys(("saved", "element"), f"*{weight}"),
+                "count": "i32",
+                **dict.fromkeys(("old_nnz", "nnz"), "i64"),
+                **dict.fromkeys(("old_programs", "old_steps", "steps"), "i32"),
+                "alpha_bits": "i64",
+                **dict.fromkeys(constants, "constexpr"),
+            }
+            yield scatter_switch_batched_kernel, signature, constants
 
 
 def adamw_variants() -> Iterator[Variant]:

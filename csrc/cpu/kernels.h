@@ -15,6 +15,7 @@ struct ScatterRun {
   const void* values;
   void* saved;  // null where old entries are not kept
   int64_t count;
+  int64_t ahead;  // how many entries follow the run that are worth a prefetch
 };
 
 using ScatterApply = void (*)(const ScatterRun&, double alpha);

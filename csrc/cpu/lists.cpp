@@ -15,7 +15,7 @@ Lists::Lists(const std::vector<WeightPart>& weights, const Tensor& index_tensor)
 }
 
 void check_contents(const char* op, const std::vector<WeightPart>& weights, const Lists& lists,
-                    const CpuKernels& kernels) {
+                    const CpuKernels& kernels, const char* name) {
   std::atomic<bool> rising{true};
   over_threads(lists.nnz, [&](int64_t chunk, int64_t chunks) {
     lists.for_each(
@@ -26,12 +26,12 @@ void check_contents(const char* op, const std::vector<WeightPart>& weights, cons
             rising = false;
         });
   });
-  if (!rising) fail(op, "indices", "must be sorted and unique");
+  if (!rising) fail(op, name, "must be sorted and unique");
   for (const WeightPart& part : weights) {
     if (part.begin == part.end) continue;
     const int64_t first = lists.index(part.begin), last = lists.index(part.end - 1), numel = part.weight.numel();
     if (first < 0 || last >= numel)
-      fail(op, "indices",
+      fail(op, name,
            "must lie in [0, " + std::to_string(numel) + ") for " + part.name + ", got " +
                std::to_string(first < 0 ? first : last));
   }

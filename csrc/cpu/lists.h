@@ -39,6 +39,19 @@ struct Lists {
     return std::upper_bound(parts.begin(), parts.end(), i, [](int64_t at, const Part& part) { return at < part.end; });
   }
 
+  // The first entry of the part at or after a position of its weight.
+  int64_t find(const Part& part, int64_t position) const {
+    int64_t low = part.begin, high = part.end;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (index(middle) < position)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
   // Calls f(part, begin, end) for what each part has in [begin, end).
   template <class F>
   void for_each(int64_t begin, int64_t end, const F& f) const {
@@ -79,6 +92,6 @@ void for_each_run(const Lists& lists, const F& f) {
 
 // Indices are sorted, unique and inside their weights.
 void check_contents(const char* op, const std::vector<WeightPart>& weights, const Lists& lists,
-                    const CpuKernels& kernels);
+                    const CpuKernels& kernels, const char* name = "indices");
 
 }  // namespace shira

@@ -1,27 +1,31 @@
 // scatter_apply on the CPU: checks, the choice of a kernel, and the split over threads (lists.h).
 #include "scatter_apply.h"
 
-#include "lists.h"
-
 namespace shira {
+
+ScatterWriter::ScatterWriter(const ScatterCall& checked, const CpuKernels& kernels)
+    : call(checked), lists(checked.parts, checked.indices), apply(kernels.scatter_apply(checked.form)) {
+  check_contents(call.op, call.parts, lists, kernels, call.names.indices);
+}
+
+void ScatterWriter::write(const Lists::Part& part, int64_t begin, int64_t end, int64_t stop) const {
+  const auto at = [begin](const Tensor& tensor) {
+    return static_cast<char*>(tensor.data_ptr()) + begin * static_cast<int64_t>(tensor.element_size());
+  };
+  if (begin < end)
+    apply({part.weight, at(call.indices), at(call.values), call.saved ? at(*call.saved) : nullptr, end - begin,
+           stop - end},
+          call.alpha);
+}
 
 void scatter_apply_cpu(const ScatterCall& call) {
   if (call.parts.empty()) return;
   const CpuKernels& kernels = cpu_kernels();
-  const Lists lists(call.parts, call.indices);
-  check_contents(call.op, call.parts, lists, kernels);
-
+  const ScatterWriter writer(call, kernels);
   announce_writes(call);
   count_call(kernels);
-  const ScatterApply apply = kernels.scatter_apply(call.form);
-  const auto* values = static_cast<const char*>(call.values.data_ptr());
-  auto* saved = call.saved ? static_cast<char*>(call.saved->data_ptr()) : nullptr;
-  const auto value_size = static_cast<int64_t>(call.values.element_size());
-  for_each_run(lists, [&](const Lists::Part& part, int64_t begin, int64_t end) {
-    apply({part.weight, lists.indices + begin * lists.index_size, values + begin * value_size,
-           saved ? saved + begin * lists.element_size : nullptr, end - begin},
-          call.alpha);
-  });
+  for_each_run(writer.lists,
+               [&](const Lists::Part& part, int64_t begin, int64_t end) { writer.write(part, begin, end, end); });
 }
 
 static void scatter_apply(const Tensor& weight, const Tensor& indices, const Tensor& values, double alpha,

@@ -46,7 +46,7 @@ void scatter_run(const ScatterRun& run, double alpha) {
       scatter_one<Update, kKeep>(w, values[i], saved + i, static_cast<typename Compute<T>::type>(alpha));
     }
   };
-  const int64_t ahead = run.count - kPrefetchDistance;
+  const int64_t ahead = run.count - kPrefetchDistance + (run.ahead < kPrefetchDistance ? run.ahead : kPrefetchDistance);
   int64_t i = 0;
   for (; i < ahead; ++i) {
     __builtin_prefetch(weight + indices[i + kPrefetchDistance], 1);

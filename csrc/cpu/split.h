@@ -18,4 +18,11 @@ int64_t next_line(int64_t i, int64_t begin, int64_t end, uintptr_t address, int6
   return i;
 }
 
+// The first position at or after the given one that begins a cache line of the weight, which begins at `address`.
+inline int64_t line_begin(int64_t position, uintptr_t address, int64_t element_size) {
+  const uintptr_t at = address + static_cast<uintptr_t>(position * element_size);
+  const uintptr_t line = (at + kCacheLine - 1) / kCacheLine * kCacheLine;
+  return (static_cast<int64_t>(line - address) + element_size - 1) / element_size;
+}
+
 }  // namespace shira

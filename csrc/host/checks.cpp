@@ -68,12 +68,11 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return type_a == type_b && a.get_device_index() == b.get_device_index();
 }
 
-bool check_indices(const char* op, const Tensor& indices) {
+bool check_indices(const char* op, const Tensor& indices, const char* name) {
   const int32_t dtype = dtype_of(indices);
   const bool wide = dtype == aoti_torch_dtype_int64();
-  if (!wide && dtype != aoti_torch_dtype_int32())
-    fail(op, "indices", "must be int32 or int64, got " + dtype_name(dtype));
-  check_vector(op, "indices", indices, indices);
+  if (!wide && dtype != aoti_torch_dtype_int32()) fail(op, name, "must be int32 or int64, got " + dtype_name(dtype));
+  check_vector(op, name, indices, indices);
   return wide;
 }
 
@@ -87,36 +86,38 @@ void check_vector(const char* op, const char* argument, const Tensor& tensor, co
              std::to_string(tensor.numel()));
 }
 
-const int64_t* check_offsets(const char* op, const Tensor& offsets, int64_t weights, int64_t nnz, const Tensor* like) {
+const int64_t* check_offsets(const char* op, const Tensor& offsets, int64_t weights, int64_t nnz, const Tensor* like,
+                             const char* name) {
   if (dtype_of(offsets) != aoti_torch_dtype_int64())
-    fail(op, "offsets", "must be int64, got " + dtype_name(dtype_of(offsets)));
+    fail(op, name, "must be int64, got " + dtype_name(dtype_of(offsets)));
   if (offsets.dim() != 1 || !offsets.is_contiguous())
-    fail(op, "offsets", "must be 1-D and contiguous, got shape " + shape_of(offsets));
+    fail(op, name, "must be 1-D and contiguous, got shape " + shape_of(offsets));
   if (offsets.numel() != weights + 1)
-    fail(op, "offsets",
+    fail(op, name,
          "must have one entry more than weights (" + std::to_string(weights + 1) + "), got " +
              std::to_string(offsets.numel()));
   if (!offsets.is_cpu()) {
     if (like != nullptr && !same_device(offsets, *like))
-      fail(op, "offsets", "must be on the CPU or on the device of the weights");
+      fail(op, name, "must be on the CPU or on the device of the weights");
     return nullptr;
   }
   const auto* borders = static_cast<const int64_t*>(offsets.data_ptr());
-  check_borders(op, borders, weights, nnz);
+  check_borders(op, borders, weights, nnz, name);
   return borders;
 }
 
-void check_borders(const char* op, const int64_t* borders, int64_t weights, int64_t nnz) {
+void check_borders(const char* op, const int64_t* borders, int64_t weights, int64_t nnz, const char* name) {
   if (borders[0] != 0 || borders[weights] != nnz || !std::is_sorted(borders, borders + weights + 1))
-    fail(op, "offsets",
+    fail(op, name,
          "must rise from 0 to the number of indices (" + std::to_string(nnz) + "), got from " +
              std::to_string(borders[0]) + " to " + std::to_string(borders[weights]));
 }
 
 std::vector<WeightPart> check_parts(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
-                                    const Tensor& indices) {
+                                    const Tensor& indices, const ListNames& names) {
   const auto count = static_cast<int64_t>(weights.size());
-  const int64_t* borders = check_offsets(op, offsets, count, indices.numel(), count ? &weights[0] : nullptr);
+  const int64_t* borders =
+      check_offsets(op, offsets, count, indices.numel(), count ? &weights[0] : nullptr, names.offsets);
   std::vector<WeightPart> parts;
   parts.reserve(weights.size());
   for (int64_t i = 0; i < count; ++i)

@@ -23,6 +23,13 @@ struct WeightPart {
   int64_t begin, end;
 };
 
+// What the vectors of a sorted list are called in errors.
+struct ListNames {
+  const char* offsets = "offsets";
+  const char* indices = "indices";
+  const char* values = "values";
+};
+
 [[noreturn]] void fail(const char* op, const std::string& argument, const std::string& message);
 
 int32_t dtype_of(const Tensor& tensor);
@@ -35,19 +42,20 @@ std::string shape_of(const Tensor& tensor);
 bool same_device(const Tensor& a, const Tensor& b);
 
 // int32 or int64, 1-D, contiguous. Returns whether it is int64.
-bool check_indices(const char* op, const Tensor& indices);
+bool check_indices(const char* op, const Tensor& indices, const char* name = "indices");
 
 // 1-D, contiguous, on the device of `indices`, one entry per index.
 void check_vector(const char* op, const char* argument, const Tensor& tensor, const Tensor& indices);
 
 // int64, 1-D, contiguous, `weights` + 1 entries. On the CPU they must rise from 0 to nnz and are returned; on the
 // device of `like` (if there is one) they stay unread and null is returned.
-const int64_t* check_offsets(const char* op, const Tensor& offsets, int64_t weights, int64_t nnz, const Tensor* like);
-void check_borders(const char* op, const int64_t* borders, int64_t weights, int64_t nnz);
+const int64_t* check_offsets(const char* op, const Tensor& offsets, int64_t weights, int64_t nnz, const Tensor* like,
+                             const char* name = "offsets");
+void check_borders(const char* op, const int64_t* borders, int64_t weights, int64_t nnz, const char* name = "offsets");
 
 // The weights of a batch with their parts, the offsets checked.
 std::vector<WeightPart> check_parts(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
-                                    const Tensor& indices);
+                                    const Tensor& indices, const ListNames& names = {});
 
 // All weights are of the dtype of the first, on the device of `indices`, and contiguous.
 void check_weights(const char* op, const std::vector<WeightPart>& parts, const Tensor& indices);

@@ -3,16 +3,17 @@
 namespace shira {
 
 ScatterCall check_scatter(const char* op, std::vector<WeightPart> parts, const Tensor* offsets, const Tensor& indices,
-                          const Tensor& values, double alpha, bool additive, const std::optional<Tensor>& saved) {
-  const bool wide = check_indices(op, indices);
-  check_vector(op, "values", values, indices);
+                          const Tensor& values, double alpha, bool additive, const std::optional<Tensor>& saved,
+                          const ListNames& names) {
+  const bool wide = check_indices(op, indices, names.indices);
+  check_vector(op, names.values, values, indices);
   if (saved) check_vector(op, "saved", *saved, indices);
   ScatterForm form{};
   form.mode = additive ? Mode::Add : alpha == 1.0 ? Mode::Replace : Mode::Interpolate;
   form.wide_index = wide;
   form.keep = saved.has_value();
-  std::vector<Argument> written, read = {{"indices", indices}, {"values", values}};
-  if (offsets != nullptr) read.push_back({"offsets", *offsets});
+  std::vector<Argument> written, read = {{names.indices, indices}, {names.values, values}};
+  if (offsets != nullptr) read.push_back({names.offsets, *offsets});
   written.reserve(parts.size() + 1);
   if (!parts.empty()) {
     const Tensor& first = parts[0].weight;
@@ -28,23 +29,23 @@ ScatterCall check_scatter(const char* op, std::vector<WeightPart> parts, const T
     check_weights(op, parts, indices);
     for (const WeightPart& part : parts) written.push_back({part.name, part.weight});
     if (value_dtype != dtype && !(additive && form.value == Element::Float32))
-      fail(op, "values",
+      fail(op, names.values,
            "must be " + dtype_name(dtype) + (additive ? " or float32" : " like the weight") + ", got " +
                dtype_name(value_dtype));
     if (saved && dtype_of(*saved) != dtype)
       fail(op, "saved", "must be " + dtype_name(dtype) + " like the weight, got " + dtype_name(dtype_of(*saved)));
   }
   if (saved) written.push_back({"saved", *saved});
-  refuse_grad(op, {"values", values});
+  refuse_grad(op, {names.values, values});
   check_overlap(op, written, read);
-  return {op, std::move(parts), offsets, indices, values, alpha, saved, form};
+  return {op, std::move(parts), offsets, indices, values, alpha, saved, form, names};
 }
 
 ScatterCall check_scatter_batched(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
                                   const Tensor& indices, const Tensor& values, double alpha, bool additive,
-                                  const std::optional<Tensor>& saved) {
-  return check_scatter(op, check_parts(op, weights, offsets, indices), &offsets, indices, values, alpha, additive,
-                       saved);
+                                  const std::optional<Tensor>& saved, const ListNames& names) {
+  return check_scatter(op, check_parts(op, weights, offsets, indices, names), &offsets, indices, values, alpha,
+                       additive, saved, names);
 }
 
 void announce_writes(const ScatterCall& call) {

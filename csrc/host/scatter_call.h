@@ -1,4 +1,4 @@
-// The arguments of scatter_apply and scatter_apply_batched, checked: what a kernel of any device starts from.
+// The arguments of scatter_apply and its batched forms, checked: what a kernel of any device starts from.
 #pragma once
 
 #include <optional>
@@ -18,15 +18,17 @@ struct ScatterCall {
   double alpha;
   const std::optional<Tensor>& saved;
   ScatterForm form;
+  ListNames names;
 };
 
 // Checks everything that needs no index value. The result refers to the arguments.
 ScatterCall check_scatter(const char* op, std::vector<WeightPart> parts, const Tensor* offsets, const Tensor& indices,
-                          const Tensor& values, double alpha, bool additive, const std::optional<Tensor>& saved);
+                          const Tensor& values, double alpha, bool additive, const std::optional<Tensor>& saved,
+                          const ListNames& names = {});
 
 ScatterCall check_scatter_batched(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
                                   const Tensor& indices, const Tensor& values, double alpha, bool additive,
-                                  const std::optional<Tensor>& saved);
+                                  const std::optional<Tensor>& saved, const ListNames& names = {});
 
 // Tells autograd what is about to be written; refuses what requires grad outside no_grad. Call it before the first
 // write.

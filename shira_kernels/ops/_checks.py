@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 ARITHMETIC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Named = Iterable[tuple[str, torch.Tensor]]
+
+
+class ListNames(NamedTuple):
+    """What the vectors of a sorted list are called in errors."""
+
+    offsets: str = "offsets"
+    indices: str = "indices"
+    values: str = "values"
+
+
+LIST_NAMES = ListNames()
 
 
 def fail(op: str, argument: str, message: str) -> NoReturn:
@@ -29,40 +40,42 @@ def check_vector(op: str, argument: str, tensor: torch.Tensor, like: torch.Tenso
         fail(op, argument, f"must have one entry per index ({length}), got {tensor.shape[0]}")
 
 
-def check_indices(op: str, indices: torch.Tensor, like: torch.Tensor) -> None:
+def check_indices(op: str, indices: torch.Tensor, like: torch.Tensor, argument: str = "indices") -> None:
     if indices.dtype not in INDEX_DTYPES:
-        fail(op, "indices", f"must be int32 or int64, got {indices.dtype}")
-    check_vector(op, "indices", indices, like)
+        fail(op, argument, f"must be int32 or int64, got {indices.dtype}")
+    check_vector(op, argument, indices, like)
 
 
-def check_index_contents(op: str, indices: torch.Tensor, numel: int) -> None:
+def check_index_contents(op: str, indices: torch.Tensor, numel: int, argument: str = "indices") -> None:
     """Sorted, unique and inside a tensor of `numel` elements. Reads the data, so it waits for a GPU."""
     if indices.numel() == 0:
         return
     if not bool((indices[1:] > indices[:-1]).all()):
-        fail(op, "indices", "must be sorted and unique")
+        fail(op, argument, "must be sorted and unique")
     first, last = int(indices[0]), int(indices[-1])
     if first < 0 or last >= numel:
-        fail(op, "indices", f"must lie in [0, {numel}), got {first if first < 0 else last}")
+        fail(op, argument, f"must lie in [0, {numel}), got {first if first < 0 else last}")
 
 
-def check_offsets(op: str, offsets: torch.Tensor, count: int, weights: list[torch.Tensor]) -> None:
+def check_offsets(
+    op: str, offsets: torch.Tensor, count: int, weights: list[torch.Tensor], argument: str = "offsets"
+) -> None:
     """The form of the offsets of a batch of `count` tensors."""
     if offsets.dtype != torch.int64:
-        fail(op, "offsets", f"must be int64, got {offsets.dtype}")
+        fail(op, argument, f"must be int64, got {offsets.dtype}")
     if offsets.dim() != 1 or not offsets.is_contiguous():
-        fail(op, "offsets", f"must be 1-D and contiguous, got shape {tuple(offsets.shape)}")
+        fail(op, argument, f"must be 1-D and contiguous, got shape {tuple(offsets.shape)}")
     if offsets.shape[0] != count + 1:
-        fail(op, "offsets", f"must have one entry more than weights ({count + 1}), got {offsets.shape[0]}")
+        fail(op, argument, f"must have one entry more than weights ({count + 1}), got {offsets.shape[0]}")
     if offsets.device.type != "cpu" and weights and offsets.device != weights[0].device:
-        fail(op, "offsets", f"must be on the CPU or on {weights[0].device}, got {offsets.device}")
+        fail(op, argument, f"must be on the CPU or on {weights[0].device}, got {offsets.device}")
 
 
-def check_offset_contents(op: str, offsets: torch.Tensor, nnz: int) -> list[int]:
+def check_offset_contents(op: str, offsets: torch.Tensor, nnz: int, argument: str = "offsets") -> list[int]:
     """Begins with 0, never falls, ends with nnz; returned as a list. Waits for a GPU that holds them."""
     borders: list[int] = offsets.tolist()
     if borders[0] != 0 or borders[-1] != nnz or any(a > b for a, b in itertools.pairwise(borders)):
-        fail(op, "offsets", f"must rise from 0 to the number of indices ({nnz}), got {_shorten(borders)}")
+        fail(op, argument, f"must rise from 0 to the number of indices ({nnz}), got {_shorten(borders)}")
     return borders
 
 

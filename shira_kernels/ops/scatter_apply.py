@@ -27,21 +27,22 @@ def check_entries(
     additive: bool,
     saved: torch.Tensor | None,
     argument: str = "weight",
+    names: _checks.ListNames = _checks.LIST_NAMES,
 ) -> None:
     """What can be checked of one weight and its vectors without data."""
     if weight.layout != torch.strided or not weight.is_contiguous():
         _checks.fail(op, argument, f"must be contiguous, got strides {getattr(weight, 'stride', tuple)()}")
     if any(t is not None and (t.is_conj() or t.is_neg()) for t in (weight, values, saved)):
-        _checks.fail(op, f"{argument}, values and saved", "must not be lazily negated or conjugated")
+        _checks.fail(op, f"{argument}, {names.values} and saved", "must not be lazily negated or conjugated")
     if weight.element_size() > 8:
         _checks.fail(op, argument, f"must have elements of 1, 2, 4 or 8 bytes, got {weight.dtype}")
     if (additive or alpha != 1.0) and weight.dtype not in _checks.ARITHMETIC_DTYPES:
         _checks.fail(op, argument, f"must be floating point unless entries are replaced at alpha 1, got {weight.dtype}")
     if values.dtype != weight.dtype and not (additive and values.dtype == torch.float32):
         allowed = f"{weight.dtype} or float32" if additive else f"{weight.dtype} like the weight"
-        _checks.fail(op, "values", f"must be {allowed}, got {values.dtype}")
-    _checks.check_indices(op, indices, weight)
-    _checks.check_vector(op, "values", values, weight, indices.shape[0])
+        _checks.fail(op, names.values, f"must be {allowed}, got {values.dtype}")
+    _checks.check_indices(op, indices, weight, names.indices)
+    _checks.check_vector(op, names.values, values, weight, indices.shape[0])
     if saved is not None:
         if saved.dtype != weight.dtype:
             _checks.fail(op, "saved", f"must be {weight.dtype} like the weight, got {saved.dtype}")

@@ -16,6 +16,44 @@ from shira_kernels.reference import scatter_apply_batched as reference
 OP = "scatter_apply_batched"
 
 
+def check_lists(
+    op: str,
+    weights: list[torch.Tensor],
+    offsets: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    alpha: float = 1.0,
+    additive: bool = False,
+    saved: torch.Tensor | None = None,
+    names: _checks.ListNames = _checks.LIST_NAMES,
+) -> None:
+    """What can be checked of several weights and their lists without data."""
+    _checks.check_offsets(op, offsets, len(weights), weights, names.offsets)
+    for i, weight in enumerate(weights):
+        if weight.dtype != weights[0].dtype:
+            _checks.fail(op, f"weights[{i}]", f"must be {weights[0].dtype} like weights[0], got {weight.dtype}")
+        if weight.device != weights[0].device:
+            _checks.fail(op, f"weights[{i}]", f"must be on {weights[0].device} like weights[0], got {weight.device}")
+        check_entries(op, weight, indices, values, alpha, additive, saved, f"weights[{i}]", names)
+
+
+def check_list_contents(
+    op: str,
+    weights: list[torch.Tensor],
+    offsets: torch.Tensor,
+    indices: torch.Tensor,
+    contents: bool,
+    names: _checks.ListNames = _checks.LIST_NAMES,
+) -> None:
+    """What offsets and indices hold. Without `contents` indices stay unread, and offsets on a GPU too."""
+    if not contents and offsets.device.type != "cpu":
+        return
+    borders = _checks.check_offset_contents(op, offsets, indices.numel(), names.offsets)
+    for i, weight in enumerate(weights if contents else ()):
+        part = indices[borders[i] : borders[i + 1]]
+        _checks.check_index_contents(f"{op}: weights[{i}]", part, weight.numel(), names.indices)
+
+
 def fake(
     weights: list[torch.Tensor],
     offsets: torch.Tensor,
@@ -25,13 +63,7 @@ def fake(
     additive: bool = False,
     saved: torch.Tensor | None = None,
 ) -> None:
-    _checks.check_offsets(OP, offsets, len(weights), weights)
-    for i, weight in enumerate(weights):
-        if weight.dtype != weights[0].dtype:
-            _checks.fail(OP, f"weights[{i}]", f"must be {weights[0].dtype} like weights[0], got {weight.dtype}")
-        if weight.device != weights[0].device:
-            _checks.fail(OP, f"weights[{i}]", f"must be on {weights[0].device} like weights[0], got {weight.device}")
-        check_entries(OP, weight, indices, values, alpha, additive, saved, f"weights[{i}]")
+    check_lists(OP, weights, offsets, indices, values, alpha, additive, saved)
 
 
 def check(
@@ -52,13 +84,7 @@ def check(
         written.append(("saved", saved))
     _checks.check_autograd(OP, written, [("values", values)])
     _checks.check_overlap(OP, written, [("offsets", offsets), ("indices", indices), ("values", values)])
-    if contents or offsets.device.type == "cpu":
-        borders = _checks.check_offset_contents(OP, offsets, indices.numel())
-        if contents:
-            for i, weight in enumerate(weights):
-                _checks.check_index_contents(
-                    f"{OP}: weights[{i}]", indices[borders[i] : borders[i + 1]], weight.numel()
-                )
+    check_list_contents(OP, weights, offsets, indices, contents)
     return [tensor for _, tensor in written]
 
 

@@ -38,3 +38,8 @@ def on_device(device: torch.device, numbers: tuple[int, ...]) -> torch.Tensor:
         if torch.cuda.is_current_stream_capturing():
             _captured[id(tensor)] = tensor
     return tensor
+
+
+def offsets_on(device: torch.device, offsets: torch.Tensor) -> torch.Tensor:
+    """The offsets of an arena; where they are on the CPU, a copy that `on_device` keeps."""
+    return offsets if offsets.device == device else on_device(device, tuple(offsets.tolist()))

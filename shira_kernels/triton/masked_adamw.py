@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from shira_kernels.triton._batch import on_device, part_of
+from shira_kernels.triton._batch import offsets_on, on_device, part_of
 from shira_kernels.triton._math import adamw, as_kernel_type, float_bits, narrow, widen
 
 BLOCK = 512  # entries of a program; 4 for each of its 128 threads
@@ -117,12 +117,10 @@ def masked_adamw(
             *(-1 if grad.shape == weight.shape else grad.numel() for weight, grad in pairs),
         ),
     )
-    if offsets.device != device:
-        offsets = on_device(device, tuple(offsets.tolist()))
     step_on_device = step.device == device
     masked_adamw_kernel[(triton.cdiv(nnz, BLOCK),)](
         table,
-        offsets,
+        offsets_on(device, offsets),
         indices,
         exp_avg,
         exp_avg_sq,

@@ -20,13 +20,13 @@ BLOCK = 1024  # entries of a program; 8 for each of its 128 threads, all in flig
 
 
 @triton.jit
-def update_entries(weights, values, saved, inside, alpha_bits, MODE: tl.constexpr, KEEP: tl.constexpr):
-    """Pointers to the entries, their values and where the old ones go; the same shape each."""
+def update_entries(weights, old, values, saved, inside, alpha_bits, MODE: tl.constexpr, KEEP: tl.constexpr):
+    """Pointers to the entries, to what they held, to their values and to where the old ones go; the same shape each."""
     v = tl.load(values, mask=inside)
     if MODE == REPLACE and not KEEP:
         tl.store(weights, v, mask=inside)
     else:
-        w = tl.load(weights, mask=inside)
+        w = tl.load(old, mask=inside)
         if KEEP:
             tl.store(saved, w, mask=inside)
         tl.store(weights, update(w, v, alpha_bits, MODE), mask=inside)
@@ -40,7 +40,7 @@ def scatter_apply_kernel(
     inside = i < nnz
     index = tl.load(indices + i, mask=inside, other=-1).to(tl.int64)
     inside = inside & (index >= 0) & (index < numel)
-    update_entries(weight + index, values + i, saved + i, inside, alpha_bits, MODE, KEEP)
+    update_entries(weight + index, weight + index, values + i, saved + i, inside, alpha_bits, MODE, KEEP)
 
 
 def mode_of(alpha: float, additive: bool) -> int:

@@ -16,9 +16,19 @@ import triton
 import triton.language as tl
 
 from shira_kernels.bits import as_bits
-from shira_kernels.triton._batch import on_device, part_of
+from shira_kernels.triton._batch import offsets_on, on_device, part_of
 from shira_kernels.triton._math import REPLACE, as_kernel_type, float_bits
 from shira_kernels.triton.scatter_apply import BLOCK, mode_of, update_entries
+
+
+@triton.jit
+def entries_of(table, offsets, indices, element, i, inside, count, STEPS: tl.constexpr):
+    """Of the positions i of an arena: pointers to the entries, their indices and parts, and which can be written."""
+    part = part_of(offsets, i, count, STEPS)
+    address = tl.load(table + part)
+    numel = tl.load(table + count + part)
+    index = tl.load(indices + i, mask=inside, other=-1).to(tl.int64)
+    return address.to(element.dtype) + index, index, part, inside & (index >= 0) & (index < numel)
 
 
 @triton.jit(do_not_specialize=["alpha_bits", "count"])
@@ -38,14 +48,14 @@ def scatter_apply_batched_kernel(
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < nnz
-    part = part_of(offsets, i, count, STEPS)
-    address = tl.load(table + part)
-    numel = tl.load(table + count + part)
-    index = tl.load(indices + i, mask=inside, other=-1).to(tl.int64)
-    inside = inside & (index >= 0) & (index < numel)
-    weights = address.to(element.dtype) + index
-    update_entries(weights, values + i, saved + i, inside, alpha_bits, MODE, KEEP)
+    weights, _, _, inside = entries_of(table, offsets, indices, element, i, i < nnz, count, STEPS)
+    update_entries(weights, weights, values + i, saved + i, inside, alpha_bits, MODE, KEEP)
+
+
+def table_of(weights: list[torch.Tensor]) -> torch.Tensor:
+    """[2, n] int64 on the weights' device: addresses and numbers of elements."""
+    addresses = (weight.data_ptr() for weight in weights)
+    return on_device(weights[0].device, (*addresses, *(weight.numel() for weight in weights)))
 
 
 def scatter_apply_batched(
@@ -62,15 +72,10 @@ def scatter_apply_batched(
         return
     mode = mode_of(alpha, additive)
     view = as_bits if mode == REPLACE.value else as_kernel_type
-    device = indices.device
-    addresses = (weight.data_ptr() for weight in weights)
-    table = on_device(device, (*addresses, *(weight.numel() for weight in weights)))
-    if offsets.device != device:
-        offsets = on_device(device, tuple(offsets.tolist()))
     element = view(weights[0])
     scatter_apply_batched_kernel[(triton.cdiv(nnz, BLOCK),)](
-        table,
-        offsets,
+        table_of(weights),
+        offsets_on(indices.device, offsets),
         indices,
         view(values),
         element if saved is None else view(saved),
