@@ -5,63 +5,60 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from shira import arena
 from shira.adapter import Adapter, checksum_of
+from shira.arena import Arena, Kept, Key, Piece, Pieces, Plan, Write, Written, base_entries
 from shira.attach import check_base, check_claim, check_fits, claim
 from shira.names import first_names, resolve
-from shira_kernels import scatter_apply_batched
+
+_OWNER = "ResidentAdapters"
+# Signals whose handlers commonly raise; SIGINT is held first and let through last.
+_INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
 
 
-@dataclass
-class _Part:
-    """An adapter's entries of one tensor, on its device."""
+@dataclass(frozen=True)
+class BankStats:
+    """What a bank holds, in bytes, and how it switched.
 
-    weight: torch.Tensor
-    indices: torch.Tensor
-    values: torch.Tensor
-    additive: bool
-    checksum: str  # of the base entries when the adapter was added
+    Attributes:
+        adapter_bytes: of each adapter's indices and values.
+        saved_bytes: of the base's entries that the active target replaces.
+        plan_bytes: of the merged entries of the active and the staged mix, beside their adapters.
+        switches: how many there were; `using` makes two.
+        last_switch_us: duration of the last one in us, on a GPU until all was launched; None before the first.
+    """
 
-
-@dataclass
-class _Batch:
-    """Parts that one call of scatter_apply_batched writes: the same dtypes, device and kind."""
-
-    weights: list[torch.Tensor]
-    offsets: torch.Tensor
-    indices: torch.Tensor
-    values: torch.Tensor
-    additive: bool
-
-    @classmethod
-    def of(cls, parts: list[_Part]) -> _Batch:
-        """Concatenates parts, which then are views of the whole."""
-        offsets = torch.tensor([0, *itertools.accumulate(part.indices.numel() for part in parts)])
-        indices = torch.cat([part.indices for part in parts])
-        values = torch.cat([part.values for part in parts])
-        for part, place in zip(parts, _places(offsets), strict=True):
-            part.indices, part.values = indices[place], values[place]
-        return cls([part.weight for part in parts], offsets, indices, values, parts[0].additive)
-
-
-@dataclass
-class _Resident:
-    parts: dict[str, _Part]  # by the adapter's names
-    batches: list[_Batch]
+    adapter_bytes: dict[str, int]
+    saved_bytes: int
+    plan_bytes: int
+    switches: int
+    last_switch_us: float | None
 
 
 class ResidentAdapters:
     """Adapters that stay beside a model and are switched in its live weights.
 
-    The weights' addresses never change, and the entries that an adapter replaces are kept, so `switch(None)` gives the
-    base back bit for bit after any sequence. The model's parameters, their dtypes and devices must stay those that were
-    there when an adapter was added. Not for several threads at once.
+    The weights' addresses never change, so compiled code and captured graphs stay valid; and the entries that an
+    adapter replaces are kept, so `switch(None)` gives the base back bit for bit after any sequence. A switch happens
+    whole or not at all: after an error or an interrupt the weights are as before it. The model's parameters, their
+    dtypes and devices must stay those that were there when an adapter was added.
+
+    Several threads may call a bank; their calls wait for each other. While one is inside `using`, switches of others
+    are refused. The bank does not know when the model runs: a forward during a switch may see part of it.
+
+    A tied weight (one parameter under several names) is one tensor, under any of its names. A parameter that shares
+    memory with another one, without being the same, is refused.
 
     Args:
         model: any module. Names of its parameters are those of its state dict; PEFT's prefixes are understood.
@@ -69,11 +66,17 @@ class ResidentAdapters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._residents: dict[str, _Resident] = {}
-        self._active: dict[str, float] = {}
-        self._returns: list[dict[str, float]] = []  # what open `using` blocks go back to
-        self._written: list[tuple[_Batch, torch.Tensor]] = []  # what is in the weights, with the old entries
-        self._buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}  # where old entries are kept
+        self._lock = threading.RLock()
+        self._residents: dict[str, Pieces] = {}
+        self._active: dict[str, float] | None = {}  # None: a switch failed, and so did the way back
+        self._written: dict[Key, Written] = {}
+        self._plan: Plan | None = None  # of the active mix
+        self._staged: dict[str, Pieces] = {}  # adapters held on the host, brought to the device ahead
+        self._staged_plan: Plan | None = None
+        self._stream: torch.cuda.Stream | None = None  # that brings them
+        self._users: list[tuple[int, dict[str, float]]] = []  # of open `using` blocks: the thread, and what comes back
+        self._switches = 0
+        self._last_switch_us: float | None = None
 
     @property
     def names(self) -> list[str]:
@@ -82,23 +85,54 @@ class ResidentAdapters:
 
     @property
     def active(self) -> str | dict[str, float] | None:
-        """What the weights hold, as `switch` takes it: None is the base."""
+        """What the weights hold, as `switch` takes it: None is the base.
+
+        Raises RuntimeError if a switch failed and the weights could not be put back; a switch that succeeds repairs it.
+        """
+        if self._active is None:
+            raise RuntimeError("a switch failed, and so did the way back: switch(None) gives the base back")
         if list(self._active.values()) == [1.0]:
             return next(iter(self._active))
         return dict(self._active) or None
 
+    @property
+    def stats(self) -> BankStats:
+        """Memory held and time taken."""
+        with self._lock:
+            return BankStats(
+                adapter_bytes={
+                    name: sum(piece.nbytes for group in pieces.values() for piece in group)
+                    for name, pieces in self._residents.items()
+                },
+                saved_bytes=sum(written.saved.nbytes for written in self._written.values()),
+                plan_bytes=sum(plan.nbytes for plan in (self._plan, self._staged_plan) if plan is not None),
+                switches=self._switches,
+                last_switch_us=self._last_switch_us,
+            )
+
     @torch.no_grad()
-    def add(self, name: str, adapter: str | os.PathLike[str] | Adapter, *, force: bool = False) -> None:
-        """Checks an adapter and copies it to the model's devices. Never touches the weights, whatever is active.
+    def add(
+        self,
+        name: str,
+        adapter: str | os.PathLike[str] | Adapter,
+        *,
+        force: bool = False,
+        check_finite: bool = False,
+        on_host: bool = False,
+    ) -> None:
+        """Checks an adapter and copies it beside the model. Never touches the weights, whatever is active.
 
         Args:
             name: to switch to it; not taken yet.
             adapter: the adapter or its file.
             force: take it also if it was made for another base.
+            check_finite: refuse values that are NaN or infinite. Without it they are written, and revert exactly.
+            on_host: keep it in host memory, pinned for a model on a GPU, until it is staged or switched to.
 
         Raises:
             ValueError: the name is taken, the model lacks a tensor, or has it with another shape or dtype, the adapter
-                was made for another base, or the file is no valid adapter (AdapterFormatError).
+                was made for another base, a value is not finite, a weight shares memory with another one, or the file
+                is no valid adapter (AdapterFormatError).
             OSError: the file cannot be read.
 
         Warns:
@@ -108,61 +142,77 @@ class ResidentAdapters:
             raise ValueError(f"the name of an adapter must be a string that is not empty, got {name!r}")
         if not isinstance(adapter, (str, os.PathLike, Adapter)):
             raise ValueError(f"an adapter must be an Adapter or the path of its file, got {adapter!r}")
-        if name in self._residents:
-            raise ValueError(f"an adapter named {name!r} was added already")
         if not isinstance(adapter, Adapter):
             adapter = Adapter.load(adapter)
-        self._residents[name] = self._prepare(adapter, force)
+        if check_finite:
+            for tensor_name, tensor in adapter.items():
+                if not bool(tensor.values.isfinite().all()):
+                    raise ValueError(f"{tensor_name}: values are not finite")
+        with self._lock:
+            if name in self._residents:
+                raise ValueError(f"an adapter named {name!r} was added already")
+            self._residents[name] = self._prepare(adapter, force, on_host)
 
     def remove(self, name: str) -> None:
         """Forgets an adapter. Raises ValueError if there is none of that name, or it is active or `using` needs it."""
-        self._check_names([name])
-        if name in self._active or any(name in target for target in self._returns):
-            raise ValueError(f"{name!r} is in use: switch to something else first")
-        del self._residents[name]
+        with self._lock:
+            self._check_names([name])
+            if name in (self._active or {}) or any(name in before for _, before in self._users):
+                raise ValueError(f"{name!r} is in use: switch to something else first")
+            del self._residents[name]
+            self._staged.pop(name, None)
+            if self._staged_plan is not None and name in self._staged_plan.names:
+                self._staged_plan = None
+
+    @torch.no_grad()
+    def stage(self, target: str | Mapping[str, float] | None) -> None:
+        """Prepares a switch to `target`, off the critical path: merges the entries of a mix, and brings adapters that
+        are held on the host to the model's device, on a stream of its own. Kept until the next switch or `stage`; None
+        drops it. Raises what `switch` raises for a wrong target."""
+        wanted = self._normalized(target)
+        with self._lock, self._side_stream():
+            self._staged = {name: self._on_device(name) for name in wanted}
+            self._staged_plan = self._plan_for(wanted) if self._is_mix(wanted) else None
 
     @torch.no_grad()
     def switch(self, target: str | Mapping[str, float] | None) -> None:
-        """Writes an adapter, or a mix, in place of whatever is active.
+        """Writes an adapter, or a mix, in place of whatever is active: only the entries of either, each once.
 
         Args:
             target: a name; or strengths by name: base + the sum of strength (value - base), in float32 (float64 for
                 float64 weights) and rounded once; or None for the base. One name at strength 1 gives exactly its
-                values.
+                values. The merged entries of a mix are kept while it is active: other strengths need no merge.
 
         Raises:
-            ValueError: a name is unknown or a strength not finite. Nothing was changed.
-            RuntimeError: entries of a weight are attached for training. Nothing was changed.
+            ValueError: a name is unknown or a strength not finite.
+            RuntimeError: entries of a weight are attached for training, or another thread is inside `using`.
 
-        If a write fails, every weight goes back to the base and the error is raised.
+        After any error, and after an interrupt, the weights hold what they held before; if even that cannot be
+        written, the base.
         """
         wanted = self._normalized(target)
-        batches, strength = self._plan(wanted)
-        buffers = self._buffers_for(batches)
-        for batch in batches:
-            for weight in batch.weights:
-                check_claim("switch", weight, "ResidentAdapters")
-        try:
-            self._revert()
-            for batch, saved in zip(batches, buffers, strict=True):
-                self._write(batch, strength, saved)
-            self._active = wanted
-        except BaseException:
-            self._revert()
-            self._active = {}
-            raise
+        began = time.perf_counter_ns()
+        with self._lock:
+            if any(thread != threading.get_ident() for thread, _ in self._users):
+                raise RuntimeError("switch: another thread is inside using(), which relies on what is active")
+            self._switch(wanted)
+            self._switches += 1
+            self._last_switch_us = (time.perf_counter_ns() - began) / 1e3
 
     @contextlib.contextmanager
     def using(self, target: str | Mapping[str, float] | None) -> Iterator[None]:
         """Switches for the length of a `with` block, then back to what was active before."""
-        before = self._active
-        self.switch(target)
-        self._returns.append(before)
+        with self._lock:
+            before = dict(self._active or {})
+            self.switch(target)
+            user = (threading.get_ident(), before)
+            self._users.append(user)
         try:
             yield
         finally:
-            self._returns.remove(before)
-            self.switch(before or None)
+            with self._lock:
+                self._users.remove(user)
+                self.switch(before or None)
 
     @torch.no_grad()
     def verify_base(self) -> None:
@@ -170,11 +220,17 @@ class ResidentAdapters:
 
         Raises ValueError naming the first adapter and tensor whose base entries are others.
         """
-        kept = self._kept()
-        for name, resident in self._residents.items():
-            for tensor_name, part in resident.parts.items():
-                if checksum_of(_base_entries(part.weight, part.indices, kept)) != part.checksum:
-                    raise ValueError(f"{name}: {tensor_name}: the base entries changed since the adapter was added")
+        with self._lock:
+            kept = self._kept()
+            for name, pieces in self._residents.items():
+                for piece in itertools.chain(*pieces.values()):
+                    parts = zip(piece.names, piece.checksums, piece.arena.parts, strict=True)
+                    for tensor_name, checksum, (weight, part) in parts:
+                        indices = piece.arena.indices[part].to(weight.device)
+                        if checksum_of(base_entries(weight, indices, kept)) != checksum:
+                            raise ValueError(
+                                f"{name}: {tensor_name}: the base entries changed since the adapter was added"
+                            )
 
     def _check_names(self, names: Iterable[str]) -> None:
         for name in names:
@@ -196,128 +252,193 @@ class ResidentAdapters:
                 raise ValueError(f"the strength of {name!r} must be a finite number, got {strength!r}")
         return {name: float(strength) for name, strength in strengths.items()}
 
-    def _prepare(self, adapter: Adapter, force: bool) -> _Resident:
-        first = first_names(self._model)
-        kept = self._kept()
-        parts: dict[str, _Part] = {}
-        seen: set[str] = set()
+    def _prepare(self, adapter: Adapter, force: bool, on_host: bool) -> Pieces:
+        """An adapter's tensors, checked, in as few pieces as can be."""
+        first: dict[torch.Tensor, str] = first_names(self._model)
+        rank = {weight: i for i, weight in enumerate(first)}
+        names: dict[torch.Tensor, str] = {}
+        weight: torch.Tensor
         for name, tensor in adapter.items():
             weight = resolve(self._model, name)
             check_fits(name, tensor, weight)
-            if first[weight] in seen:
+            if weight in names:
                 raise ValueError(f"{name}: the adapter names the tensor {first[weight]!r} twice")
-            seen.add(first[weight])
-            indices = tensor.indices.to(weight.device)
-            base = _base_entries(weight, indices, kept)
-            if not force:
-                check_base(name, tensor, base)
-            parts[name] = _Part(
-                weight, indices, tensor.values.to(weight.device), tensor.kind == "add", checksum_of(base)
-            )
-        return _Resident(parts, _batches(parts.values()))
+            names[weight] = name
+        _check_memory(first, names)
 
-    def _plan(self, wanted: dict[str, float]) -> tuple[list[_Batch], float]:
-        """What to write over the base, and at which strength."""
-        if len(wanted) == 1:
-            [(name, strength)] = wanted.items()
-            return self._residents[name].batches, strength
-        by_weight: dict[torch.Tensor, list[tuple[_Part, float]]] = {}
-        for name, strength in wanted.items():
-            for part in self._residents[name].parts.values():
-                by_weight.setdefault(part.weight, []).append((part, strength))
         kept = self._kept()
-        return _batches([_mixed(weight, parts, kept) for weight, parts in by_weight.items()]), 1.0
+        checksums: dict[torch.Tensor, str] = {}
+        alike: dict[tuple[Key, bool, torch.dtype], list[torch.Tensor]] = {}
+        for weight in sorted(names, key=rank.__getitem__):
+            tensor = adapter[names[weight]]
+            base = base_entries(weight, tensor.indices.to(weight.device), kept)
+            if not force:
+                check_base(names[weight], tensor, base)
+            checksums[weight] = checksum_of(base)
+            kind = ((weight.dtype, weight.device), tensor.kind == "add", tensor.values.dtype)
+            alike.setdefault(kind, []).append(weight)
 
-    def _buffers_for(self, batches: list[_Batch]) -> list[torch.Tensor]:
-        """Room for the old entries of each batch. It is what the last switch used, which `_revert` reads before."""
-        needed: dict[tuple[torch.dtype, torch.device], int] = {}
-        places = []
-        for batch in batches:
-            kind = batch.weights[0].dtype, batch.weights[0].device
-            begin = needed.get(kind, 0)
-            needed[kind] = begin + batch.indices.numel()
-            places.append((kind, slice(begin, needed[kind])))
-        for kind, size in needed.items():
-            if kind not in self._buffers or self._buffers[kind].numel() < size:
-                with torch.inference_mode(False):  # else no switch outside inference mode could write them
-                    self._buffers[kind] = torch.empty(size, dtype=kind[0], device=kind[1])
-        return [self._buffers[kind][place] for kind, place in places]
-
-    def _write(self, batch: _Batch, strength: float, saved: torch.Tensor) -> None:
-        """Writes a batch and notes it. An interrupt may come before or after the call, but not within: the version
-        tells which, where the weights have one (inference tensors have none)."""
-        version, noted = _version(batch), len(self._written)
-        try:
-            scatter_apply_batched(
-                batch.weights, batch.offsets, batch.indices, batch.values, strength, batch.additive, saved
+        pieces: Pieces = {}
+        for (key, additive, _), weights in alike.items():
+            tensors = [adapter[names[weight]] for weight in weights]
+            # All adapters must have the same: one op takes the entries of two.
+            wide = any((weight.dtype, weight.device) == key and weight.numel() >= 2**31 for weight in first)
+            home = torch.device("cpu") if on_host else key[1]
+            piece = Piece(
+                [names[weight] for weight in weights],
+                [checksums[weight] for weight in weights],
+                Arena(
+                    tuple(rank[weight] for weight in weights),
+                    weights,
+                    arena.offsets_of([tensor.nnz for tensor in tensors]),
+                    torch.cat([tensor.indices for tensor in tensors]).to(home, torch.int64 if wide else torch.int32),
+                ),
+                torch.cat([tensor.values for tensor in tensors]).to(home),
+                additive,
             )
-            self._written.append((batch, saved))
+            pieces.setdefault(key, []).append(piece if home == key[1] else piece.pinned())
+        return pieces
+
+    def _is_mix(self, wanted: Collection[str]) -> bool:
+        """Whether values are computed before they are written: several adapters, or one of several pieces."""
+        return len(wanted) > 1 or any(len(group) > 1 for name in wanted for group in self._residents[name].values())
+
+    def _on_device(self, name: str) -> Pieces:
+        """An adapter's pieces where its weights are."""
+        return self._staged.get(name) or {
+            key: [piece if piece.values.device == key[1] else piece.to(key[1]) for piece in group]
+            for key, group in self._residents[name].items()
+        }
+
+    @contextlib.contextmanager
+    def _side_stream(self) -> Iterator[None]:
+        """Where the model is on a GPU, work on a stream of the bank's own."""
+        if not any(key[1].type == "cuda" for pieces in self._residents.values() for key in pieces):
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream()
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _await_staged(self) -> None:
+        """Lets the current stream wait for what was staged, and the allocator know that it uses it."""
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._stream)
+        staged = [piece for pieces in self._staged.values() for piece in itertools.chain(*pieces.values())]
+        tensors = [tensor for piece in staged for tensor in (piece.arena.indices, piece.values)]
+        if self._staged_plan is not None:
+            tensors += [merged.indices for merged in self._staged_plan.arenas.values()]
+            tensors += [share.positions for shares in self._staged_plan.shares.values() for share in shares]
+        for tensor in tensors:
+            tensor.record_stream(current)
+
+    def _plan_for(self, wanted: Collection[str]) -> Plan:
+        names = tuple(wanted)
+        for plan in (self._plan, self._staged_plan):
+            if plan is not None and plan.names == names:
+                return plan
+        return arena.merge({name: self._on_device(name) for name in names})
+
+    def _writes(self, wanted: dict[str, float]) -> tuple[dict[Key, Write], Plan | None]:
+        """What to write over the base for a target, and the plan behind it if it is a mix."""
+        if not self._is_mix(wanted):
+            return {
+                key: Write(piece.arena, piece.values, strength, piece.additive)
+                for name, strength in wanted.items()
+                for key, [piece] in self._on_device(name).items()
+            }, None
+        plan = self._plan_for(wanted)
+        kept = self._kept()
+        writes = {}
+        for key, merged in plan.arenas.items():
+            written = self._written.get(key)
+            if written is not None and written.arena is merged:
+                base = written.saved
+            else:
+                base = torch.cat([base_entries(weight, merged.indices[part], kept) for weight, part in merged.parts])
+            writes[key] = Write(merged, arena.mixed(base, plan.shares[key], wanted))
+        return writes, plan
+
+    def _switch(self, wanted: dict[str, float]) -> None:
+        self._await_staged()
+        writes, plan = self._writes(wanted)
+        for write in writes.values():
+            for weight in write.arena.weights:
+                check_claim("switch", weight, _OWNER)
+        before = self._active, self._plan
+        try:
+            with _interrupts_held():
+                self._write(writes)
+                self._active, self._plan = wanted, plan
         except BaseException:
-            if _version(batch) != version and len(self._written) == noted:
-                self._written.append((batch, saved))
+            with _interrupts_held():
+                self._put_back(*before)
             raise
-        for weight in batch.weights:
-            claim(weight, "ResidentAdapters")
+        self._staged, self._staged_plan = {}, None
 
-    def _revert(self) -> None:
-        """Gives the weights the base back. If it fails it can be called again."""
-        while self._written:
-            batch, saved = self._written[-1]
-            scatter_apply_batched(batch.weights, batch.offsets, batch.indices, saved)
-            for weight in batch.weights:
-                claim(weight, None)
-            self._written.pop()
+    def _put_back(self, before: dict[str, float] | None, plan: Plan | None) -> None:
+        """What was active before a switch that failed; if that fails too, the base."""
+        self._active, self._plan = None, plan
+        try:
+            self._write(self._writes(before or {})[0])
+        except Exception:  # noqa: BLE001 - whatever it was, the base is nearer, and the switch's own error is raised
+            before, self._plan = {}, None
+            self._write({})
+        self._active = before or {}
 
-    def _kept(self) -> dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """The entries of the base that the weights do not hold now: weight -> (indices, old entries)."""
+    def _write(self, writes: dict[Key, Write]) -> None:
+        """Writes in place of what is in the weights. If it fails, `_written` says of each key what it holds."""
+        with torch.inference_mode(False):  # else no switch outside inference mode could write them
+            saved = {key: torch.empty_like(write.values, dtype=key[0]) for key, write in writes.items()}
+        for key in {**self._written, **writes}:
+            old, new = self._written.get(key), writes.get(key)
+            if new is not None:
+                self._written[key] = new.put_in(old, saved[key])
+            elif old is not None:
+                old.take_out()
+                del self._written[key]
+            if old is not None and (new is None or new.arena.ranks != old.arena.ranks):
+                for weight in old.arena.weights:
+                    claim(weight, None)
+            if new is not None:
+                for weight in new.arena.weights:
+                    claim(weight, _OWNER)
+
+    def _kept(self) -> Kept:
+        """The entries of the base that the weights do not hold now."""
         return {
-            weight: (batch.indices[place], saved[place])
-            for batch, saved in self._written
-            for weight, place in zip(batch.weights, _places(batch.offsets), strict=True)
+            weight: (written.arena.indices[part], written.saved[part])
+            for written in self._written.values()
+            for weight, part in written.arena.parts
         }
 
 
-def _version(batch: _Batch) -> int:
-    return 0 if not batch.weights or batch.weights[0].is_inference() else batch.weights[0]._version
+def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.Tensor]) -> None:
+    """No weight to be changed shares memory with another parameter, whose base would change with it."""
+    reach, reaching = 0, None
+    for weight in sorted((w for w in first if w.numel() and not w.is_meta), key=torch.Tensor.data_ptr):
+        if reaching is not None and weight.data_ptr() < reach and (weight in changed or reaching in changed):
+            raise ValueError(f"{first[weight]}: shares memory with {first[reaching]!r}, but is not the same parameter")
+        if weight.data_ptr() + weight.nbytes > reach:
+            reach, reaching = weight.data_ptr() + weight.nbytes, weight
 
 
-def _places(offsets: torch.Tensor) -> list[slice]:
-    borders = offsets.tolist()
-    return [slice(begin, end) for begin, end in itertools.pairwise(borders)]
-
-
-def _batches(parts: Iterable[_Part]) -> list[_Batch]:
-    """As few batches as can be."""
-    alike: dict[Hashable, list[_Part]] = {}
-    for part in parts:
-        alike.setdefault((part.weight.dtype, part.weight.device, part.additive, part.values.dtype), []).append(part)
-    return [_Batch.of(group) for group in alike.values()]
-
-
-def _base_entries(
-    weight: torch.Tensor, indices: torch.Tensor, kept: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
-    """The base's entries, whatever the weight holds now."""
-    entries = weight.detach().view(-1)[indices]
-    if weight in kept and kept[weight][0].numel():
-        changed, old = kept[weight]
-        place = torch.searchsorted(changed.long(), indices.long()).clamp_(max=changed.numel() - 1)
-        found = changed[place] == indices
-        entries[found] = old[place[found]]
-    return entries
-
-
-def _mixed(
-    weight: torch.Tensor,
-    parts: list[tuple[_Part, float]],
-    kept: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]],
-) -> _Part:
-    """Several adapters' entries of one weight as one that replaces."""
-    union = torch.cat([part.indices.long() for part, _ in parts]).unique()
-    base = _base_entries(weight, union, kept).to(torch.promote_types(weight.dtype, torch.float32))
-    delta = torch.zeros_like(base)
-    for part, strength in parts:
-        place = torch.searchsorted(union, part.indices.long())
-        values = part.values.to(base.dtype)
-        delta[place] += strength * (values if part.additive else values - base[place])
-    return _Part(weight, union, (base + delta).to(weight.dtype), additive=False, checksum="")
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Python's handlers of signals, which may raise between any two lines, wait until the block is left."""
+    held: list[tuple[int, Any]] = []
+    handlers: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():  # no other runs handlers
+            for number in _INTERRUPTS:
+                if callable(handler := signal.getsignal(number)):
+                    handlers[number] = handler
+                    signal.signal(number, lambda *caught: held.append(caught))
+        yield
+    finally:
+        for number in reversed(handlers):
+            signal.signal(number, handlers[number])
+        for caught in held:
+            handlers[caught[0]](*caught)

@@ -1,0 +1,204 @@
+"""Entries of many weights in one place: what a bank of adapters holds, merges and writes.
+
+All entries of an adapter, for the weights of one dtype and device, lie in one arena, in the model's order, so that one
+op writes them. What is in the weights now is an arena too, with the base's entries beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from shira_kernels import scatter_apply, scatter_apply_batched, scatter_switch_batched
+
+Key = tuple[torch.dtype, torch.device]  # what weights of one arena have in common
+Kept = dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # weight -> (indices, the base's entries there)
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Sorted entries of several weights: those of weights[i] are offsets[i] to offsets[i + 1]."""
+
+    ranks: tuple[int, ...]  # of the weights in the model, rising
+    weights: list[torch.Tensor]
+    offsets: torch.Tensor  # on the CPU
+    indices: torch.Tensor
+
+    @property
+    def parts(self) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Each weight, and where its entries are."""
+        borders = itertools.pairwise(self.offsets.tolist())
+        return zip(self.weights, (slice(begin, end) for begin, end in borders), strict=True)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An adapter's entries of weights that are alike in dtype and device, with values that are alike too."""
+
+    names: list[str]  # the adapter's, for its tensors
+    checksums: list[str]  # of the base entries when the adapter was added
+    arena: Arena
+    values: torch.Tensor
+    additive: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.arena.indices.nbytes + self.values.nbytes
+
+    def to(self, device: torch.device) -> Piece:
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Piece:
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Piece:
+        return replace(self, arena=replace(self.arena, indices=move(self.arena.indices)), values=move(self.values))
+
+
+Pieces = dict[Key, list[Piece]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is in the weights, and the base's entries there."""
+
+    arena: Arena
+    saved: torch.Tensor
+
+    def take_out(self) -> None:
+        scatter_apply_batched(self.arena.weights, self.arena.offsets, self.arena.indices, self.saved)
+
+
+@dataclass(frozen=True)
+class Write:
+    """What is to be written over the base."""
+
+    arena: Arena
+    values: torch.Tensor
+    strength: float = 1.0
+    additive: bool = False
+
+    def put_in(self, old: Written | None, saved: torch.Tensor) -> Written:
+        """Writes it in place of `old`; each entry of either is written once. The base's entries go to `saved`."""
+        new, form = self.arena, (self.strength, self.additive)
+        if old is None:
+            scatter_apply_batched(new.weights, new.offsets, new.indices, self.values, *form, saved)
+        else:
+            weights, old_offsets, offsets = _aligned(old.arena, new)
+            scatter_switch_batched(
+                weights, old_offsets, old.arena.indices, old.saved, offsets, new.indices, self.values, saved, *form
+            )
+        return Written(new, saved)
+
+
+@dataclass(frozen=True)
+class Share:
+    """An adapter's part in a merged arena: where each of its entries is."""
+
+    adapter: str
+    piece: Piece
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The union of several adapters' entries, which does not depend on their strengths."""
+
+    names: tuple[str, ...]
+    arenas: dict[Key, Arena]
+    shares: dict[Key, list[Share]]
+
+    @property
+    def nbytes(self) -> int:
+        """Beside the adapters."""
+        positions = sum(share.positions.nbytes for shares in self.shares.values() for share in shares)
+        return positions + sum(arena.indices.nbytes for arena in self.arenas.values())
+
+
+def merge(adapters: dict[str, Pieces]) -> Plan:
+    """The plan of a mix of these adapters."""
+    found: dict[Key, list[tuple[str, Piece]]] = {}
+    for name, pieces in adapters.items():
+        for key, group in pieces.items():
+            found.setdefault(key, []).extend((name, piece) for piece in group)
+    arenas, shares = {}, {}
+    for key, owners in found.items():
+        arenas[key], positions = _union([piece.arena for _, piece in owners])
+        shares[key] = [Share(name, piece, place) for (name, piece), place in zip(owners, positions, strict=True)]
+    return Plan(tuple(adapters), arenas, shares)
+
+
+def mixed(base: torch.Tensor, shares: list[Share], strengths: dict[str, float]) -> torch.Tensor:
+    """The values of a mix: base + the sum of strength (value - base), in float32 or more, rounded once.
+
+    base: the base's entries of the merged arena. A single adapter's values at strength 1 are copied as they are.
+    """
+    old = base.to(torch.promote_types(base.dtype, torch.float32))
+    alone = len(strengths) == 1
+    delta = torch.zeros_like(old)
+    for share in shares:
+        change = share.piece.values.to(old.dtype)
+        if not share.piece.additive:
+            change = change - old.index_select(0, share.positions)
+        if alone:  # as one op would have it: not even a zero is added
+            delta.index_copy_(0, share.positions.long(), change * strengths[share.adapter])
+        else:
+            scatter_apply(delta, share.positions, change, strengths[share.adapter], additive=True)
+    result = (old + delta).to(base.dtype)
+    for share in shares:
+        if alone and strengths[share.adapter] == 1.0 and not share.piece.additive:
+            result[share.positions] = share.piece.values
+    return result
+
+
+def base_entries(weight: torch.Tensor, indices: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """The base's entries, whatever the weight holds now."""
+    entries = weight.detach().view(-1)[indices]
+    if weight in kept and kept[weight][0].numel():
+        changed, old = kept[weight]
+        place = torch.searchsorted(changed, indices.to(changed.dtype)).clamp_(max=changed.numel() - 1)
+        found = changed[place] == indices
+        entries[found] = old[place[found]]
+    return entries
+
+
+def offsets_of(counts: Sequence[int]) -> torch.Tensor:
+    """[n + 1] int64: where each of n parts begins, and where the last ends."""
+    return torch.tensor([0, *itertools.accumulate(counts)])
+
+
+def _union(arenas: list[Arena]) -> tuple[Arena, list[torch.Tensor]]:
+    """The union of arenas, and the positions in it of each one's entries."""
+    weights: dict[int, torch.Tensor] = {}
+    lists: dict[int, list[tuple[int, torch.Tensor]]] = {}
+    for which, arena in enumerate(arenas):
+        for rank, (weight, part) in zip(arena.ranks, arena.parts, strict=True):
+            weights[rank] = weight
+            lists.setdefault(rank, []).append((which, arena.indices[part]))
+    ranks = sorted(weights)
+    unions = [torch.cat([indices for _, indices in lists[rank]]).unique() for rank in ranks]
+    offsets = offsets_of([union.numel() for union in unions])
+    small = int(offsets[-1]) < 2**31
+    positions: list[list[torch.Tensor]] = [[] for _ in arenas]
+    for rank, union, begin in zip(ranks, unions, offsets.tolist(), strict=False):
+        for which, indices in lists[rank]:
+            positions[which].append(torch.searchsorted(union, indices, out_int32=small) + begin)
+    merged = Arena(tuple(ranks), [weights[rank] for rank in ranks], offsets, torch.cat(unions))
+    return merged, [torch.cat(places) for places in positions]
+
+
+def _aligned(old: Arena, new: Arena) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The weights of both arenas, and the offsets that each has among them."""
+    if old.ranks == new.ranks:
+        return new.weights, old.offsets, new.offsets
+    weights: dict[int, torch.Tensor] = {}
+    counts: list[dict[int, int]] = []
+    for arena in (old, new):
+        weights.update(zip(arena.ranks, arena.weights, strict=True))
+        counts.append(dict(zip(arena.ranks, arena.offsets.diff().tolist(), strict=True)))
+    ranks = sorted(weights)
+    old_offsets, offsets = (offsets_of([count.get(rank, 0) for rank in ranks]) for count in counts)
+    return [weights[rank] for rank in ranks], old_offsets, offsets
