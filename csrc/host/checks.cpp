@@ -68,12 +68,12 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return type_a == type_b && a.get_device_index() == b.get_device_index();
 }
 
-bool check_indices(const char* op, const Tensor& indices) {
+bool check_indices(const char* op, const Tensor& indices, const char* argument) {
   const int32_t dtype = dtype_of(indices);
   const bool wide = dtype == aoti_torch_dtype_int64();
   if (!wide && dtype != aoti_torch_dtype_int32())
-    fail(op, "indices", "must be int32 or int64, got " + dtype_name(dtype));
-  check_vector(op, "indices", indices, indices);
+    fail(op, argument, "must be int32 or int64, got " + dtype_name(dtype));
+  check_vector(op, argument, indices, indices);
   return wide;
 }
 

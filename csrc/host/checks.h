@@ -35,7 +35,7 @@ std::string shape_of(const Tensor& tensor);
 bool same_device(const Tensor& a, const Tensor& b);
 
 // int32 or int64, 1-D, contiguous. Returns whether it is int64.
-bool check_indices(const char* op, const Tensor& indices);
+bool check_indices(const char* op, const Tensor& indices, const char* argument = "indices");
 
 // 1-D, contiguous, on the device of `indices`, one entry per index.
 void check_vector(const char* op, const char* argument, const Tensor& tensor, const Tensor& indices);
