@@ -289,18 +289,20 @@ def test_opcheck(policy: str) -> None:
     torch.library.opcheck(torch.ops.shira.fuse_adapters.default, arguments)
 
 
-def test_compile() -> None:
-    """The size of the result depends on the data, which torch.compile takes once it is told so."""
+def test_compile_and_export() -> None:
+    """The size of the result depends on the data."""
 
-    def double(indices: Lists, values: Lists, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        union, fused = fuse(indices, values, weights)
-        return union, 2 * fused
+    class Double(torch.nn.Module):
+        def forward(self, indices: Lists, values: Lists, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            union, fused = fuse(indices, values, weights)
+            return union, 2 * fused
 
-    compiled = torch.compile(double, fullgraph=True, backend="aot_eager", dynamic=True)
+    first = make_lists(20, (5, 9), torch.float32)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        for sizes in ((5, 9), (7, 3)):
-            lists = make_lists(20, sizes, torch.float32)
-            for actual, expected in zip(compiled(*lists), double(*lists), strict=True):
+        compiled = torch.compile(Double(), fullgraph=True, backend="aot_eager", dynamic=True)
+        exported = torch.export.export(Double(), first).module()
+        for run, lists in ((compiled, first), (compiled, make_lists(20, (7, 3), torch.float32)), (exported, first)):
+            for actual, expected in zip(run(*lists), Double()(*lists), strict=True):
                 assert torch.equal(actual, expected)
 
 
