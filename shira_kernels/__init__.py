@@ -1,6 +1,7 @@
 """Kernels for sparse high-rank adapters, as torch.library ops in the namespace `shira`."""
 
 from shira_kernels import backends
+from shira_kernels.ops.fuse_adapters import fuse_adapters
 from shira_kernels.ops.masked_adamw import masked_adamw
 from shira_kernels.ops.masked_grad import masked_grad
 from shira_kernels.ops.scatter_apply import scatter_apply
@@ -14,6 +15,7 @@ __all__ = [
     "ShiraAdamW",
     "__version__",
     "backends",
+    "fuse_adapters",
     "masked_adamw",
     "masked_grad",
     "scatter_apply",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shira_kernels.triton import _math, masked_grad
+from shira_kernels.triton import fuse_adapters as fuse
 from shira_kernels.triton import masked_adamw as adamw
 from shira_kernels.triton import topk_indices as topk
 from shira_kernels.triton.scatter_apply import BLOCK, scatter_apply_kernel
@@ -34,6 +35,7 @@ def variants() -> Iterator[Variant]:
     yield from masked_grad_variants()
     yield from adamw_variants()
     yield from topk_variants()
+    yield from fuse_variants()
 
 
 def masked_grad_variants() -> Iterator[Variant]:
@@ -79,6 +81,23 @@ def topk_variants() -> Iterator[Variant]:
         yield topk.topk_share_kernel, {**common, **shares, **constant}, constants
         for index in ("i32", "i64"):
             yield topk.topk_emit_kernel, {**common, **numbers, "result": f"*{index}", **constant}, constants
+
+
+def fuse_variants() -> Iterator[Variant]:
+    for (policy, number), index in itertools.product(fuse.POLICIES.items(), ("i32", "i64")):
+        for kind in ("i16", "i32", "i64") if policy == "last" else ("fp64", "fp32", "i16", "fp16"):
+            constants = {"POLICY": number.value, "BLOCK": fuse.BLOCK}
+            signature = {
+                **dict.fromkeys(("union", "indices"), f"*{index}"),
+                "values": f"*{kind}",
+                "weights": "*fp32",
+                "offsets": "*i64",
+                "result": f"*{kind}",
+                "n": "i64",
+                **dict.fromkeys(("number", "steps"), "i32"),
+                **dict.fromkeys(constants, "constexpr"),
+            }
+            yield fuse.fuse_adapters_kernel, signature, constants
 
 
 def scatter_variants() -> Iterator[Variant]:

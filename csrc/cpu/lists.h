@@ -71,15 +71,25 @@ struct Lists {
   }
 };
 
+// As many threads as a number of entries is worth.
+inline int64_t chunks_of(int64_t nnz) {
+  return std::clamp<int64_t>(nnz / kEntriesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
+}
+
+// f(chunk) for each of them.
+template <class F>
+void over_chunks(int64_t chunks, const F& f) {
+  if (chunks == 1) return f(0);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk);
+  });
+}
+
 // f(chunk, chunks) on as many threads as the number of entries is worth.
 template <class F>
 void over_threads(int64_t nnz, const F& f) {
-  const int64_t chunks =
-      std::clamp<int64_t>(nnz / kEntriesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
-  if (chunks == 1) return f(0, 1);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk, chunks);
-  });
+  const int64_t chunks = chunks_of(nnz);
+  over_chunks(chunks, [&](int64_t chunk) { f(chunk, chunks); });
 }
 
 // Over all entries, on several threads: f(part, begin, end) for runs of the parts.

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "../host/checks.h"
-#include "kernels.h"
+#include "lists.h"
 
 namespace shira {
 namespace {
@@ -27,14 +27,6 @@ struct AlignedDelete {
 std::unique_ptr<char, AlignedDelete> aligned_bytes(int64_t size) {
   return std::unique_ptr<char, AlignedDelete>(
       static_cast<char*>(::operator new(static_cast<size_t>(size), std::align_val_t{kCacheLineBytes})));
-}
-
-template <class F>
-void over_chunks(int64_t chunks, const F& f) {
-  if (chunks == 1) return f(0);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk);
-  });
 }
 
 // The operands in CSR form, of any width of numbers.

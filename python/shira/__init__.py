@@ -4,6 +4,7 @@ from shira import masks
 from shira.adapter import Adapter, AdapterTensor
 from shira.attach import Handle, attach
 from shira.config import ShiraConfig
+from shira.fusion import fuse
 from shira.hooks import mask_gradients
 from shira.io import AdapterFormatError
 from shira.resident import ResidentAdapters
@@ -18,6 +19,7 @@ __all__ = [
     "ShiraAdamW",
     "ShiraConfig",
     "attach",
+    "fuse",
     "mask_gradients",
     "masks",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,16 +58,23 @@ class Adapter(Mapping[str, AdapterTensor]):
     Args:
         tensors: the parts, by name.
         config: what made it, if known.
+        provenance: of which adapters it was made, if of others: a JSON object, see `shira.fuse`. It is copied.
 
     Raises:
         ValueError: naming the tensor and the field that is wrong.
     """
 
-    def __init__(self, tensors: Mapping[str, AdapterTensor], config: ShiraConfig | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, AdapterTensor],
+        config: ShiraConfig | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
         for name, tensor in tensors.items():
             _check(name, tensor)
         self._tensors = dict(tensors)
         self.config = config
+        self.provenance = None if provenance is None else _json_object(provenance)
 
     def __getitem__(self, name: str) -> AdapterTensor:
         return self._tensors[name]
@@ -113,6 +122,17 @@ def checksum_of(entries: torch.Tensor) -> str:
     array = as_bits(entries.detach().cpu()).numpy()
     little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return hashlib.blake2b(little_endian.tobytes(), digest_size=16).hexdigest()
+
+
+def _json_object(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, as it comes back from a file."""
+    if not isinstance(provenance, Mapping):
+        raise ValueError(f"provenance must be a JSON object or None, got {provenance!r}")
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(provenance), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"provenance must be a JSON object: {error}") from None
+    return copy
 
 
 def _check(name: str, tensor: AdapterTensor) -> None:

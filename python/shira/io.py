@@ -4,7 +4,10 @@ One safetensors file. For each tensor it holds `<name>.indices` (int32 or int64)
 JSON object in the metadata entry "adapter", beside the entry "format":
 
     {"config": {...} or null, "tensors": {name: {"shape": [...], "dtype": "bfloat16", "kind": "replace",
-                                                 "checksum": "0f..." or null}}}
+                                                 "checksum": "0f..." or null}},
+     "provenance": {...}}
+
+"provenance" is only there if the adapter has one.
 
 This layout is not stable: later versions need not read it.
 """
@@ -67,6 +70,8 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
             "checksum": tensor.checksum,
         }
     description = {"config": adapter.config and adapter.config.to_dict(), "tensors": tensors}
+    if adapter.provenance is not None:
+        description["provenance"] = adapter.provenance
     write_atomically(path, to_bytes(arrays, {"format": FORMAT, "adapter": json.dumps(description)}))
 
 
@@ -98,8 +103,8 @@ def _parse(metadata: dict[str, str], arrays: dict[str, torch.Tensor]) -> Adapter
         description = json.loads(metadata.get("adapter", ""))
     except (ValueError, RecursionError):
         raise ValueError('metadata entry "adapter" is not JSON') from None
-    if not isinstance(description, dict) or set(description) != {"config", "tensors"}:
-        raise ValueError('metadata entry "adapter" must hold "config" and "tensors"')
+    if not isinstance(description, dict) or set(description) - {"provenance"} != {"config", "tensors"}:
+        raise ValueError('metadata entry "adapter" must hold "config" and "tensors", and may hold "provenance"')
     config, tensors = description["config"], description["tensors"]
     if not isinstance(tensors, dict) or not (config is None or isinstance(config, dict)):
         raise ValueError('"tensors" must be an object, and "config" an object or null')
@@ -113,6 +118,7 @@ def _parse(metadata: dict[str, str], arrays: dict[str, torch.Tensor]) -> Adapter
             for name, fields in tensors.items()
         },
         config=None if config is None else ShiraConfig.from_dict(config),
+        provenance=description.get("provenance"),
     )
 
 

@@ -35,7 +35,7 @@ def check_vector(op: str, argument: str, tensor: torch.Tensor, like: torch.Tenso
     if not tensor.is_contiguous():
         fail(op, argument, "must be contiguous")
     if tensor.device != like.device:
-        fail(op, argument, f"must be on {like.device} like the weight, got {tensor.device}")
+        fail(op, argument, f"must be on {like.device} like the others, got {tensor.device}")
     if length is not None and tensor.shape[0] != length:
         fail(op, argument, f"must have one entry per index ({length}), got {tensor.shape[0]}")
 
