@@ -1,4 +1,4 @@
-"""scatter_apply and scatter_apply_batched against torch's own scatters and against fusing LoRA.
+"""scatter_apply and its batched forms against torch's own scatters and against fusing LoRA.
 
 Random sorted unique indices, int32 for ours and int64 for torch's ops, which take nothing else; weights, entries and
 LoRA factors are all rotated, so every side meets all of its inputs cold.
@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from compare import Place, Side
-from rotation import Slot, expected_touched_bytes, make_rotation, touched_bytes
+from rotation import SharedSlot, Slot, expected_touched_bytes, make_rotation, make_shared_rotation, touched_bytes
 
 from shira_kernels import backends
 
 scatter_apply = torch.ops.shira.scatter_apply
 scatter_apply_batched = torch.ops.shira.scatter_apply_batched
+scatter_switch_batched = torch.ops.shira.scatter_switch_batched
 
 DTYPES = ["float32", "bfloat16"]
 SHAPE = (4096, 4096)
@@ -60,6 +61,24 @@ def index_copy(slot: Slot) -> None:
         part.flat.index_copy_(0, part.indices64, part.values)
 
 
+# From the adapter of a shared slot's first list to that of the second; what the first saved is any numbers, its values.
+def switch(slot: SharedSlot, op: Callable[..., None] = scatter_switch_batched) -> None:
+    old, new = slot.lists
+    op(old.weights, old.offsets, old.indices, old.values, new.offsets, new.indices, new.values, new.saved)
+
+
+def switch_in_two_calls(slot: SharedSlot) -> None:
+    old, new = slot.lists
+    scatter_apply_batched(old.weights, old.offsets, old.indices, old.values)
+    scatter_apply_batched(new.weights, new.offsets, new.indices, new.values, 1.0, False, new.saved)
+
+
+def switch_by_index_copy(slot: SharedSlot) -> None:
+    # The old entries are not kept: left out, in favour of the baseline.
+    for entries in slot.lists:
+        index_copy(entries)
+
+
 def scatter(slot: Slot) -> None:
     for part in slot.parts:
         part.flat.scatter_(0, part.indices64, part.values)
@@ -86,8 +105,7 @@ def lora_bytes(slot: Slot, passes: int) -> int:
     return passes * sum(weight.nbytes for weight in slot.weights) + sum(b.nbytes + a.nbytes for b, a in slot.lora)
 
 
-def facts(slots: list[Slot], dtype: str, density: float) -> dict[str, Any]:
-    slot = slots[0]
+def list_facts(slot: Slot, dtype: str, density: float) -> dict[str, Any]:
     return {
         "dtype": dtype,
         "nnz": slot.indices.numel(),
@@ -95,8 +113,11 @@ def facts(slots: list[Slot], dtype: str, density: float) -> dict[str, Any]:
         "weights": len(slot.weights),
         "weight_bytes": sum(weight.nbytes for weight in slot.weights),
         "touched_bytes": touched_bytes(slot),
-        "expected_touched_bytes": expected_touched_bytes(slot),
     }
+
+
+def facts(slots: list[Slot], dtype: str, density: float) -> dict[str, Any]:
+    return {**list_facts(slots[0], dtype, density), "expected_touched_bytes": expected_touched_bytes(slots[0])}
 
 
 def forced_backends(place: Place, op: str, run: Callable[..., None], bytes_moved: int) -> dict[str, Side]:
@@ -111,7 +132,7 @@ def forced_backends(place: Place, op: str, run: Callable[..., None], bytes_moved
     return forced
 
 
-def outcome(side: Side, slot: Slot) -> Slot:
+def outcome(side: Side, slot: Any) -> Any:
     """A copy of the slot after one call."""
     result = slot.copy()
     with side.context():
@@ -262,6 +283,84 @@ def compare_model(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_model(compare: Callable[..., None], place: Place, dtype: str) -> None:
     compare_model(compare, place, dtype, SMALL_LLAMA, "Switch a model (4 Llama layers, hidden 1024, 2 %, cold)")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_switch_between(compare: Callable[..., None], place: Place, dtype: str) -> None:
+    """The old entries back and the new ones in, in one call for the whole model, against two."""
+    density = 0.01
+    slots = make_shared_rotation(
+        SMALL_LLAMA, getattr(torch, dtype), place.device, density=density, granularities=(1, 1)
+    )
+    old, new = slots[0].lists
+    lines, vectors = touched_bytes(old, new), (old.values, new.values)
+    ours = Side(switch, 2 * lines + sum(v.nbytes for v in (*vectors, old.indices, new.indices, new.saved)))
+    forced = forced_backends(place, "scatter_switch_batched", switch, ours.bytes_moved)
+    copies, calls = f"2 x {len(SMALL_LLAMA)} x index_copy_", "2 x scatter_apply_batched"
+    sides = {
+        "scatter_switch_batched": ours,
+        **forced,
+        calls: Side(switch_in_two_calls, sparse_bytes(old, old.indices) + sparse_bytes(new, new.indices, new.saved)),
+        copies: Side(switch_by_index_copy, sparse_bytes(old, old.indices64) + sparse_bytes(new, new.indices64)),
+    }
+
+    def check() -> None:
+        want = outcome(sides[calls], slots[0]).lists[1]
+        by_copies = outcome(sides[copies], slots[0]).lists[1]
+        assert_same_bits(copies, by_copies.weights, want.weights)
+        for name in ("scatter_switch_batched", *forced):
+            got = outcome(sides[name], slots[0]).lists[1]
+            assert_same_bits(name, [*got.weights, got.saved], [*want.weights, want.saved])
+
+    compare(
+        sides,
+        ours="scatter_switch_batched",
+        baselines=[calls, copies],
+        slots=slots,
+        check=check,
+        place=place,
+        group="Switch from one adapter to another (4 Llama layers, hidden 1024, 1 %, cold)",
+        label=f"{place}, {dtype}",
+        info={**list_facts(new, dtype, density), "touched_bytes": lines},
+    )
+
+
+@pytest.mark.parametrize("granularity", [8, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_aligned_runs(compare: Callable[..., None], place: Place, dtype: str, granularity: int) -> None:
+    """As many entries in runs of neighbours, against single entries and against index_copy_ of the same runs."""
+    density = round(0.02 * SHAPE[0] * SHAPE[1] / 32) * 32 / (SHAPE[0] * SHAPE[1])
+    slots = make_shared_rotation(
+        [SHAPE], getattr(torch, dtype), place.device, density=density, granularities=(granularity, 1)
+    )
+
+    def of(entries: int, run: Callable[[Slot], None], index: str) -> Side:
+        slot = slots[0].lists[entries]
+        return Side(lambda shared: run(shared.lists[entries]), sparse_bytes(slot, getattr(slot, index)))
+
+    ours, singles = f"scatter_apply, runs of {granularity}", "scatter_apply, single entries"
+    copies = f"index_copy_, runs of {granularity}"
+    sides = {ours: of(0, apply, "indices"), singles: of(1, apply, "indices"), copies: of(0, index_copy, "indices64")}
+
+    def check() -> None:
+        got, want = (outcome(sides[name], slots[0]).lists[0].weights for name in (ours, copies))
+        assert_same_bits(ours, got, want)
+        assert not torch.equal(want[0], slots[0].lists[0].weights[0])
+        check_replacing(
+            {"scatter_apply": Side(apply, 0), "index_copy_": Side(index_copy, 0)}, ["scatter_apply"], slots[0].lists[1]
+        )
+
+    compare(
+        sides,
+        ours=ours,
+        baselines=[singles, copies],
+        slots=slots,
+        check=check,
+        place=place,
+        group="Aligned runs (4096 x 4096, 2 %, cold)",
+        label=f"{place}, {dtype}, runs of {granularity}",
+        info={**list_facts(slots[0].lists[0], dtype, density), "granularity": granularity},
+    )
 
 
 @pytest.mark.gpu

@@ -40,13 +40,24 @@ class Slot:
     lora: list[tuple[torch.Tensor, torch.Tensor]]
     parts: list[Entries]
 
-    def copy(self) -> Slot:
-        """The same slot with weights and `saved` of its own."""
-        weights = [weight.clone() for weight in self.weights]
+    def copy(self, weights: list[torch.Tensor] | None = None) -> Slot:
+        """The same slot with `saved` of its own, and weights of its own or these."""
+        weights = weights or [weight.clone() for weight in self.weights]
         parts = [
             replace(part, weight=weight, flat=weight.view(-1)) for part, weight in zip(self.parts, weights, strict=True)
         ]
         return replace(self, weights=weights, saved=torch.zeros_like(self.saved), parts=parts)
+
+
+@dataclass(frozen=True)
+class SharedSlot:
+    """Several lists of entries of the same weights."""
+
+    lists: tuple[Slot, ...]
+
+    def copy(self) -> SharedSlot:
+        first = self.lists[0].copy()
+        return SharedSlot((first, *(slot.copy(first.weights) for slot in self.lists[1:])))
 
 
 def make_rotation(
@@ -60,31 +71,62 @@ def make_rotation(
 ) -> list[Slot]:
     """Slots of weights of `shapes`, `density` of each weight listed: as many as given (1 is warm), or as cold needs."""
     generator = torch.Generator().manual_seed(0)
-    first = _make_slot(shapes, dtype, device, density, rank, generator)
-    if slots is None:
-        # Counted in touched lines: what a sparse write leaves untouched evicts nothing.
-        touched = touched_bytes(first) + (first.indices.nbytes + first.values.nbytes)
-        slots = 1 + math.ceil(CACHE_TURNS * cache_bytes(device) / touched)
-    return [first] + [_make_slot(shapes, dtype, device, density, rank, generator) for _ in range(slots - 1)]
+
+    def make() -> Slot:
+        return _make_slot(_make_weights(shapes, dtype, device), density, generator, rank=rank)
+
+    first = make()
+    return [first] + [make() for _ in range((slots or _cold_slots([first])) - 1)]
 
 
-def _make_slot(
+def make_shared_rotation(
     shapes: Sequence[tuple[int, int]],
     dtype: torch.dtype,
     device: str,
+    *,
     density: float,
-    rank: int,
+    granularities: Sequence[int],
+) -> list[SharedSlot]:
+    """As many slots as cold needs; each has a list for each granularity, made of aligned runs of so many entries."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make() -> SharedSlot:
+        weights = _make_weights(shapes, dtype, device)
+        return SharedSlot(tuple(_make_slot(weights, density, generator, granularity=g) for g in granularities))
+
+    first = make()
+    return [first] + [make() for _ in range(_cold_slots(first.lists) - 1)]
+
+
+def _cold_slots(lists: Sequence[Slot]) -> int:
+    """How many slots make a rotation cold whose calls use one of these lists, all equally often."""
+    # Counted in touched lines: what a sparse write leaves untouched evicts nothing.
+    touched = sum(touched_bytes(slot) + slot.indices.nbytes + slot.values.nbytes for slot in lists) / len(lists)
+    return 1 + math.ceil(CACHE_TURNS * cache_bytes(lists[0].indices.device.type) / touched)
+
+
+def _make_weights(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    return [torch.full(shape, 0.01, dtype=dtype, device=device) for shape in shapes]
+
+
+def _make_slot(
+    weights: list[torch.Tensor],
+    density: float,
     generator: torch.Generator,
+    *,
+    rank: int = 0,
+    granularity: int = 1,
 ) -> Slot:
+    dtype, device = weights[0].dtype, weights[0].device
+
     def small_random(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator).mul_(0.01).to(device, dtype)
 
-    weights = [torch.full(shape, 0.01, dtype=dtype, device=device) for shape in shapes]
-    lists = [random_indices(w.numel(), round(density * w.numel()), generator) for w in weights]
+    lists = [random_runs(w.numel(), round(density * w.numel()), granularity, generator) for w in weights]
     offsets = torch.tensor([0, *(len(part) for part in lists)]).cumsum(0)
     indices64 = torch.cat(lists)
     values = small_random(len(indices64))
-    lora = [(small_random(n, rank), small_random(rank, m)) for n, m in shapes] if rank else []
+    lora = [(small_random(n, rank), small_random(rank, m)) for n, m in (w.shape for w in weights)] if rank else []
     cuts = offsets.tolist()
     offsets, indices, indices64 = offsets.to(device), indices64.int().to(device), indices64.to(device)
     parts = [
@@ -104,13 +146,21 @@ def random_indices(numel: int, nnz: int, generator: torch.Generator) -> torch.Te
     return indices[keep].sort().values
 
 
-def touched_bytes(slot: Slot) -> int:
-    """Bytes in the memory lines that hold at least one listed entry, counted from the indices."""
-    line = line_bytes(slot.indices.device.type)
+def random_runs(numel: int, nnz: int, granularity: int, generator: torch.Generator) -> torch.Tensor:
+    """The same in aligned runs of `granularity` neighbours, which divides nnz and numel."""
+    assert nnz % granularity == numel % granularity == 0
+    runs = random_indices(numel // granularity, nnz // granularity, generator) * granularity
+    return (runs[:, None] + torch.arange(granularity)).view(-1)
+
+
+def touched_bytes(*lists: Slot) -> int:
+    """Bytes in the memory lines that hold at least one entry of the lists, which have the same weights."""
+    line = line_bytes(lists[0].indices.device.type)
     lines = 0
-    for part in slot.parts:
-        addresses = part.weight.data_ptr() + part.indices64 * part.weight.element_size()
-        lines += torch.div(addresses, line, rounding_mode="floor").unique_consecutive().numel()
+    for parts in zip(*(slot.parts for slot in lists), strict=True):
+        weight = parts[0].weight
+        addresses = weight.data_ptr() + torch.cat([part.indices64 for part in parts]) * weight.element_size()
+        lines += torch.div(addresses, line, rounding_mode="floor").unique().numel()
     return lines * line
 
 

@@ -8,6 +8,7 @@ from backend_matrix import BACKENDS, Backend, each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import ULP, bits, scatter, sorted_indices, ulp_distance
+from runs import PIECES, indices_of
 
 import shira_kernels
 from shira_kernels import backends
@@ -160,6 +161,43 @@ def test_any_entries(
     nan = results[0].isnan()
     assert torch.equal(nan, results[-1].isnan())
     assert torch.equal(bits(results[0][~nan]), bits(results[-1][~nan]))
+
+
+@given(
+    pieces=PIECES,
+    dtype=st.sampled_from([torch.uint8, torch.int16, torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    mode=st.sampled_from(MODES),
+    keep=st.booleans(),
+    skipped=st.integers(0, 65),
+    isa=st.sampled_from([backend.isa for backend in BACKENDS if backend.isa and not backend.missing()] or [""]),
+)
+def test_any_runs(
+    pieces: list[tuple[int, int]],
+    dtype: torch.dtype,
+    index_dtype: torch.dtype,
+    mode: tuple[float, bool],
+    keep: bool,
+    skipped: int,
+    isa: str,
+) -> None:
+    """Runs of neighbours and single entries, at any alignment of the weight, the values and the list."""
+    alpha, additive = mode if dtype in ARITHMETIC else (1.0, False)
+    indices = indices_of(pieces, index_dtype)
+    before = (torch.arange(int(indices[-1]) + 100) % 251).to(dtype)
+    value_dtype = torch.float32 if additive and skipped % 2 else dtype
+    values = (torch.arange(len(indices) + 1) % 241).to(value_dtype)[1:]
+    results = []
+    for backend in (Backend("reference"), Backend("cpu", isa=isa)) if isa else (Backend("reference"),):
+        whole = torch.cat([before[:skipped], before])
+        saved = torch.zeros(len(indices) + 1, dtype=dtype)
+        with backend.running():
+            torch.ops.shira.scatter_apply(
+                whole[skipped:], indices, values, alpha, additive, saved[1:] if keep else None
+            )
+        results.append((bits(whole), bits(saved)))
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
+    assert torch.equal(results[-1][0][: before[:skipped].nbytes], bits(before[:skipped]))
 
 
 def bad_inputs(device: str = "cpu") -> dict[str, tuple[dict, str]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from backend_matrix import BACKENDS, Backend, each_backend_of
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import bits, sorted_indices
+from runs import PIECES, indices_of
 
 import shira_kernels
 from shira_kernels import backends
@@ -130,6 +132,24 @@ def test_empty_lists(backend: Backend) -> None:
         assert weights[0].tolist() == [1, 1, 1, 1, 1]
 
 
+@pytest.mark.skipif(bool(Backend("triton").missing()) and not torch.cuda.is_available(), reason="triton is missing")
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_triton_writes_nothing_outside_whatever_the_lists(index_dtype: torch.dtype) -> None:
+    """Its launch without the checks, as on a GPU, where what lists hold stays unread."""
+    launch = importlib.import_module(f"shira_kernels.triton.{OP}").scatter_switch_batched
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    block = torch.full((3, 10_000), 7.0, device=device)
+    weights, around = [block[1][:5000], block[1][5000:]], block[[0, 2]].clone()
+    low, high = torch.iinfo(index_dtype).min, torch.iinfo(index_dtype).max
+    indices = torch.tensor([high, 3, 3, low, -1, 10_000, 4999, 5000], dtype=index_dtype, device=device)
+    values, saved = torch.ones(8, device=device), torch.zeros(10, device=device)
+    for old_offsets, offsets in itertools.product(([0, 8, 8], [0, -5, 8], [10**9, 2, 8], [0, 10**9, 8]), repeat=2):
+        cuts = [torch.tensor(numbers, device=device) for numbers in (old_offsets, offsets)]
+        launch(weights, cuts[0], indices, values, cuts[1], indices.flip(0).contiguous(), values + 1, saved[1:9])
+    assert torch.equal(block[[0, 2]], around)
+    assert saved[[0, 9]].tolist() == [0, 0]
+
+
 PLACES = st.lists(st.tuples(st.sets(st.integers(0, 199)), st.sets(st.integers(0, 199))), min_size=1, max_size=4)
 
 
@@ -151,6 +171,24 @@ def test_any_lists(
     before = [torch.arange(200).to(dtype) for _ in places]
     backend = Backend("cpu", isa=isa) if isa else Backend("reference")
     check_case(backend, before, *lists, *mode)
+
+
+@given(
+    old_pieces=PIECES,
+    pieces=PIECES,
+    dtype=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
+    isa=st.sampled_from([backend.isa for backend in BACKENDS if backend.isa and not backend.missing()] or [""]),
+)
+def test_any_runs(
+    old_pieces: list[tuple[int, int]], pieces: list[tuple[int, int]], dtype: torch.dtype, isa: str
+) -> None:
+    old, new = indices_of(old_pieces), indices_of(pieces, torch.int64)
+    before = (torch.arange(max(int(old[-1]), int(new[-1])) + 1) % 251).to(dtype)
+    lists = [
+        (torch.tensor([0, len(indices)]), indices, (torch.arange(len(indices)) % prime).to(dtype))
+        for indices, prime in ((old, 241), (new, 239))
+    ]
+    check_case(Backend("cpu", isa=isa) if isa else Backend("reference"), [before], *lists)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)

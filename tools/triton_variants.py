@@ -147,7 +147,7 @@ def switch_variants() -> Iterator[Variant]:
                 **dict.fromkeys(("saved", "element"), f"*{weight}"),
                 "count": "i32",
                 **dict.fromkeys(("old_nnz", "nnz"), "i64"),
-                **dict.fromkeys(("old_programs", "old_steps", "steps"), "i32"),
+                **dict.fromkeys(("programs", "old_steps", "steps"), "i32"),
                 "alpha_bits": "i64",
                 **dict.fromkeys(constants, "constexpr"),
             }

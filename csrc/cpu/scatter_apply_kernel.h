@@ -6,12 +6,24 @@
 // independent, and the caller gives each thread its own run: no race. Arithmetic in float32 (float64 for float64),
 // rounded once. Deterministic: each entry is computed alone.
 //
+// Neighbours go as blocks: of 64 bytes, else of 8 entries. Indices are sorted and unique, so the first and the last of
+// a block tell that its entries lie side by side, and the others stay unread. (Where two NaNs meet, the compiler
+// chooses whose payload is kept, and may choose otherwise for blocks: the one thing that how threads split a list can
+// change.)
+//
 // The cost is cache lines, not instructions: at 2 % of a float32 weight 28 % of its lines are read and written back.
 // In a plain loop only the stores in the store buffer wait for lines at the same time; a prefetch for writing 64
 // entries ahead keeps all fill buffers busy: 1.55 times faster (float32 and bfloat16, 4096 x 4096, cold), and reading
 // the old entry then costs 3 to 5 %. Measured the same: distances from 24 to 256, prefetches for reading, and with the
 // non-temporal hint. Slower: prefetches into the second cache alone (1.1) or before the first (1.15), and a pass of its
 // own for `saved`.
+//
+// In a mask of aligned runs the lists and the pages of the weight are what is left: 24 blocks ahead is as good as 16 or
+// 48, and `values` and `saved` are worth prefetches too. Against single entries one by one (4096 x 4096, 2 %, cold,
+// bfloat16 and float32), runs of 32 are written 2.2 and 1.9 times as fast, runs of 8 1.3 and 1.3 times; random entries
+// as fast as before if the question is asked once for 8 of them, 3 to 5 % slower if at each. What is then a third of
+// the whole is the check that indices rise: it has to read each of them, since a block's first and last tell nothing of
+// those between unless they are known to be sorted.
 #pragma once
 
 #include "../shared/element.h"
@@ -19,7 +31,9 @@
 
 namespace shira::SHIRA_ISA {
 
-constexpr int64_t kPrefetchDistance = 64;
+constexpr int64_t kPrefetchDistance = 64;  // entries
+constexpr int64_t kPrefetchBlocks = 24;    // of neighbours
+constexpr int64_t kBlockBytes = 64;        // of the longer blocks of neighbours
 
 template <class Update, bool kKeep, class T, class V>
 inline void scatter_one(T& w, V v, T* saved, typename Compute<T>::type alpha) {
@@ -37,8 +51,7 @@ void scatter_run(const ScatterRun& run, double alpha) {
   const Index* __restrict indices = static_cast<const Index*>(run.indices);
   const V* __restrict values = static_cast<const V*>(run.values);
   T* __restrict saved = static_cast<T*>(run.saved);
-  const auto entry = [&](int64_t i) {
-    T& w = weight[indices[i]];
+  const auto update = [&](T& w, int64_t i) {
     if constexpr (std::is_same_v<Update, Replace>) {
       if constexpr (kKeep) saved[i] = w;
       w = values[i];
@@ -46,13 +59,51 @@ void scatter_run(const ScatterRun& run, double alpha) {
       scatter_one<Update, kKeep>(w, values[i], saved + i, static_cast<typename Compute<T>::type>(alpha));
     }
   };
-  const int64_t ahead = run.count - kPrefetchDistance + (run.ahead < kPrefetchDistance ? run.ahead : kPrefetchDistance);
-  int64_t i = 0;
-  for (; i < ahead; ++i) {
+  const auto neighbours = [&](int64_t i, int64_t count) { return indices[i + count - 1] - indices[i] == count - 1; };
+  const int64_t readable = run.count + run.ahead;
+  // Entries i to i + kCount, which are neighbours in the weight.
+  const auto block = [&](int64_t i, auto count) {
+    constexpr int64_t kCount = count();
+    const int64_t next = i + kPrefetchBlocks * kCount;
+    if (next + kCount <= readable) {
+      __builtin_prefetch(weight + indices[next], 1);
+      __builtin_prefetch(weight + indices[next + kCount - 1], 1);
+    }
+    __builtin_prefetch(values + next);
+    if constexpr (kKeep) __builtin_prefetch(saved + next, 1);
+    T* __restrict w = weight + indices[i];
+    if constexpr (std::is_same_v<Update, Replace>) {
+      if constexpr (kKeep) memcpy(saved + i, w, kCount * sizeof(T));
+      memcpy(w, values + i, kCount * sizeof(T));
+    } else {
+      for (int64_t k = 0; k < kCount; ++k) update(w[k], i + k);
+    }
+  };
+  const auto one = [&](int64_t i) {
     __builtin_prefetch(weight + indices[i + kPrefetchDistance], 1);
-    entry(i);
+    update(weight[indices[i]], i);
+  };
+
+  constexpr int64_t kShort = 8, kLong = kBlockBytes / sizeof(T);
+  const int64_t ahead = run.count < readable - kPrefetchDistance ? run.count : readable - kPrefetchDistance;
+  int64_t i = 0;
+  while (i + 2 * kShort <= ahead) {
+    if (neighbours(i, kShort)) {
+      if (kLong > kShort && i + kLong <= run.count && neighbours(i, kLong)) {
+        block(i, std::integral_constant<int64_t, kLong>());
+        i += kLong;
+      } else {
+        block(i, std::integral_constant<int64_t, kShort>());
+        i += kShort;
+      }
+      continue;
+    }
+    // Single entries, and on to the end of a run if the last of them is within one: the next may begin here.
+    for (int64_t k = 0; k < kShort; ++k) one(i++);
+    for (int64_t k = 1; k < kShort && indices[i] - indices[i - 1] == 1; ++k) one(i++);
   }
-  for (; i < run.count; ++i) entry(i);
+  while (i < ahead) one(i++);
+  for (; i < run.count; ++i) update(weight[indices[i]], i);
 }
 
 template <class Update, class T, class V>
@@ -91,9 +142,11 @@ inline ScatterApply choose_scatter_apply(const ScatterForm& form) {
 template <class Index>
 bool rising(const Index* indices, int64_t count) {
   // Blocks with no branch inside are vectorised; one branch a block stops early.
-  constexpr int64_t kBlock = 4096;
+  constexpr int64_t kBlock = 256, kAhead = 4 * kBlock, kLine = 64 / sizeof(Index);
   for (int64_t begin = 1; begin < count; begin += kBlock) {
     const int64_t end = begin + kBlock < count ? begin + kBlock : count;
+    for (int64_t i = begin + kAhead; i < begin + kAhead + kBlock && i < count; i += kLine)
+      __builtin_prefetch(indices + i);
     Index wrong = 0;
     for (int64_t i = begin; i < end; ++i) wrong |= indices[i] <= indices[i - 1];
     if (wrong) return false;

@@ -1,11 +1,11 @@
 """scatter_switch_batched in Triton: one launch for both lists.
 
 The formulas are those of scatter_apply, the table and the offsets those of scatter_apply_batched. The first programs
-own BLOCK neighbours each of the old list, the others of the new one, and look each entry up in the other list by binary
+own BLOCK neighbours each of the new list, the others of the old one, and look each entry up in the other list by binary
 search in its part. An entry of both lists belongs to the new list, which reads `old_saved` instead of the weight; the
-old list's programs leave it alone. So every entry has one owner: no atomics, no race, deterministic. An index outside
-its weight is skipped; lists that are not sorted find wrong places of the lists, offsets that do not rise wrong parts,
-never anything outside.
+old list's programs leave it alone. (They come last, so that programs that run one after another would show it if they
+did not.) So every entry has one owner: no atomics, no race, deterministic. An index outside its weight is skipped;
+lists that are not sorted find wrong places of the lists, offsets that do not rise wrong parts, never anything outside.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def find(offsets, indices, nnz, part, index, inside, steps):
     high = end
     for _ in range(steps):
         middle = (low + high) >> 1
-        open = inside & (low < high)
-        before = tl.load(indices + middle, mask=open, other=0).to(tl.int64) < index
-        low = tl.where(open & before, middle + 1, low)
-        high = tl.where(open & (before == 0), middle, high)
+        searching = inside & (low < high)
+        before = tl.load(indices + middle, mask=searching, other=0).to(tl.int64) < index
+        low = tl.where(searching & before, middle + 1, low)
+        high = tl.where(searching & (before == 0), middle, high)
     there = inside & (low < end)
     return low, there & (tl.load(indices + low, mask=there, other=-1).to(tl.int64) == index)
 
 
-@triton.jit(do_not_specialize=["alpha_bits", "count", "old_programs", "old_steps", "steps"])
+@triton.jit(do_not_specialize=["alpha_bits", "count", "programs", "old_steps", "steps"])
 def scatter_switch_batched_kernel(
     table,
     old_offsets,
@@ -51,7 +51,7 @@ def scatter_switch_batched_kernel(
     count,
     old_nnz,
     nnz,
-    old_programs,
+    programs,
     old_steps,
     steps,
     alpha_bits,
@@ -60,20 +60,19 @@ def scatter_switch_batched_kernel(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    if program < old_programs:
+    if program < programs:
         i = program * BLOCK + tl.arange(0, BLOCK)
-        weights, index, part, inside = entries_of(
-            table, old_offsets, old_indices, element, i, i < old_nnz, count, STEPS
-        )
-        _, found = find(offsets, indices, nnz, part, index, inside, steps)
-        alone = inside & (found == 0)
-        update_entries(weights, weights, old_saved + i, old_saved + i, alone, alpha_bits, REPLACE, False)
-    else:
-        i = (program - old_programs) * BLOCK + tl.arange(0, BLOCK)
         weights, index, part, inside = entries_of(table, offsets, indices, element, i, i < nnz, count, STEPS)
         at, found = find(old_offsets, old_indices, old_nnz, part, index, inside, old_steps)
         old = tl.where(found, old_saved + at, weights)
         update_entries(weights, old, values + i, saved + i, inside, alpha_bits, MODE, True)
+    else:
+        i = (program - programs) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < old_nnz
+        weights, index, part, inside = entries_of(table, old_offsets, old_indices, element, i, inside, count, STEPS)
+        _, found = find(offsets, indices, nnz, part, index, inside, steps)
+        alone = inside & (found == 0)
+        update_entries(weights, weights, old_saved + i, old_saved + i, alone, alpha_bits, REPLACE, False)
 
 
 def scatter_switch_batched(
@@ -94,8 +93,8 @@ def scatter_switch_batched(
     mode = mode_of(alpha, additive)
     view = as_bits if mode == REPLACE.value else as_kernel_type
     device = indices.device
-    old_programs = triton.cdiv(old_nnz, BLOCK)
-    scatter_switch_batched_kernel[(old_programs + triton.cdiv(nnz, BLOCK),)](
+    programs = triton.cdiv(nnz, BLOCK)
+    scatter_switch_batched_kernel[(programs + triton.cdiv(old_nnz, BLOCK),)](
         table_of(weights),
         offsets_on(device, old_offsets),
         old_indices,
@@ -108,7 +107,7 @@ def scatter_switch_batched(
         len(weights),
         old_nnz,
         nnz,
-        old_programs,
+        programs,
         old_nnz.bit_length(),
         nnz.bit_length(),
         float_bits(alpha),
