@@ -6,6 +6,7 @@ from shira.attach import Handle, attach
 from shira.config import ShiraConfig
 from shira.hooks import mask_gradients
 from shira.io import AdapterFormatError
+from shira.metrics import awom, awor, overlap
 from shira.resident import ResidentAdapters
 from shira_kernels import ShiraAdamW
 
@@ -18,6 +19,9 @@ __all__ = [
     "ShiraAdamW",
     "ShiraConfig",
     "attach",
+    "awom",
+    "awor",
     "mask_gradients",
     "masks",
+    "overlap",
 ]
