@@ -55,6 +55,7 @@ def expected(a: AdapterTensor, b: AdapterTensor) -> Interference:
         product_energy=float(product.square().sum()),
         product_nonzeros=int(product.count_nonzero()),
         product_numel=product.numel(),
+        product_bound=float(first.square().sum() * second.square().sum()),
     )
 
 
@@ -92,7 +93,7 @@ def test_by_hand() -> None:
     b = AdapterTensor(torch.tensor([1, 4, 5]), torch.tensor([-1.0, 0.0, 5.0]), (2, 3), torch.float32, "add")
     # A1 = [1 2 0; 0 3 0], A2 = [0 -1 0; 0 0 5], A1^T A2 = [0 -1 0; 0 -2 15; 0 0 0]
     found = metrics.interference_of(a, b)
-    assert found == Interference((3, 3), 2, 1, (14.0, 26.0), 230.0, 3, 9)
+    assert found == Interference((3, 3), 2, 1, (14.0, 26.0), 230.0, 3, 9, 364.0)
     assert (found.overlap, found.sign_conflicts, found.awor) == (0.5, 0.5, 1 - 3 / 9)
     assert found.awom == math.sqrt(230)
     assert found.relative_awom == pytest.approx(math.sqrt(230 / (14 * 26)))
@@ -125,6 +126,9 @@ def test_a_whole_adapter() -> None:
     assert found["only_a"] == Interference((a["only_a"].nnz, 0), energy=found["only_a"].energy, product_numel=36)
     assert found["only_b"].energy[0] == 0 < found["only_b"].energy[1]
     whole = sum(found.values(), Interference())
+    assert whole.relative_awom == pytest.approx(
+        math.sqrt(whole.product_energy / (math.prod(x.energy) + math.prod(y.energy))), rel=1e-12
+    )
     assert whole.energy == pytest.approx(
         [sum(float(tensor.values.double().square().sum()) for tensor in adapter.values()) for adapter in (a, b)]
     )

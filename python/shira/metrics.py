@@ -58,6 +58,7 @@ class Interference(Overlap):
         product_energy: sum of squares of the elements of A1^T A2.
         product_nonzeros: how many of these elements are not zero.
         product_numel: how many there are.
+        product_bound: the product of both energies, which product_energy cannot exceed.
     """
 
     opposite: int = 0
@@ -65,6 +66,7 @@ class Interference(Overlap):
     product_energy: float = 0.0
     product_nonzeros: int = 0
     product_numel: int = 0
+    product_bound: float = 0.0
 
     @property
     def awom(self) -> float:
@@ -73,9 +75,8 @@ class Interference(Overlap):
 
     @property
     def relative_awom(self) -> float:
-        """AWOM over the norms of both deltas, from 0 (orthogonal, or one of them is zero) to 1."""
-        norms = math.sqrt(self.energy[0]) * math.sqrt(self.energy[1])
-        return self.awom / norms if norms else 0.0
+        """AWOM over the largest that deltas of these energies can have: from 0 (orthogonal, or one is zero) to 1."""
+        return math.sqrt(self.product_energy / self.product_bound) if self.product_bound else 0.0
 
     @property
     def awor(self) -> float:
@@ -182,7 +183,7 @@ def interference_of(first: AdapterTensor | None, second: AdapterTensor | None) -
     if either is None:
         raise ValueError("first or second must be given")
     rows, columns = (either.shape[0], math.prod(either.shape[1:])) if either.shape else (1, 1)
-    found = overlap_of(first, second)
+    found, energy = overlap_of(first, second), (energy_of(first), energy_of(second))
     opposite, product_energy, product_nonzeros = 0, 0.0, 0
     if first and second and first.nnz and second.nnz:
         at, there = _common(first, second)
@@ -192,11 +193,17 @@ def interference_of(first: AdapterTensor | None, second: AdapterTensor | None) -
         found.entries,
         found.common,
         opposite=opposite,
-        energy=(_energy(first), _energy(second)),
+        energy=energy,
         product_energy=product_energy,
         product_nonzeros=product_nonzeros,
         product_numel=columns**2,
+        product_bound=energy[0] * energy[1],
     )
+
+
+def energy_of(tensor: AdapterTensor | None) -> float:
+    """The sum of squares of a part's values; 0 if there is none."""
+    return float(tensor.values.double().square().sum()) if tensor else 0.0
 
 
 def _loaded(source: Source) -> Adapter:
@@ -212,10 +219,6 @@ def _by_name(adapter: Adapter) -> dict[str, AdapterTensor]:
 
 def _plus(a: Any, b: Any) -> Any:
     return tuple(x + y for x, y in zip(a, b, strict=True)) if isinstance(a, tuple) else a + b
-
-
-def _energy(tensor: AdapterTensor | None) -> float:
-    return float(tensor.values.double().square().sum()) if tensor else 0.0
 
 
 def _common(first: AdapterTensor, second: AdapterTensor) -> tuple[torch.Tensor, torch.Tensor]:
