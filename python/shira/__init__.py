@@ -7,6 +7,7 @@ from shira.config import ShiraConfig
 from shira.fusion import fuse
 from shira.hooks import mask_gradients
 from shira.io import AdapterFormatError
+from shira.metrics import awom, awor, overlap
 from shira.resident import ResidentAdapters
 from shira_kernels import ShiraAdamW
 
@@ -19,7 +20,10 @@ __all__ = [
     "ShiraAdamW",
     "ShiraConfig",
     "attach",
+    "awom",
+    "awor",
     "fuse",
     "mask_gradients",
     "masks",
+    "overlap",
 ]

@@ -40,6 +40,32 @@ def demo(
     run.run_demo(run.QUICK if quick else run.FULL, output=output, json_file=json, seed=seed)
 
 
+@app.command()
+def report(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER ADAPTER ...", help="Files of two or more adapters.")
+    ],
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE_OR_DIR", help="What they were trained on: a safetensors file or a folder of them."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For report.html, report.png.")] = Path(
+        "shira-report"
+    ),
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Show how adapters interfere: overlap, AWOM and AWOR, conflicts of sign, energies, tensor by tensor."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("the report needs matplotlib: pip install shira-kernels[train]")
+    from shira import interference_report
+
+    try:
+        interference_report.run_report(adapters, base=base, output=output, json_file=json, force=force)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
 def main() -> None:
     """The console script: bad input ends with exit code 2 and one line on stderr."""
     try:

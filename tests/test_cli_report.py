@@ -1,0 +1,280 @@
+"""`shira report`, as at a terminal: numbers, page and picture; what is refused leaves no file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import shira
+from shira import Adapter, AdapterTensor, cli, interference_report, metrics
+from shira.adapter import checksum_of
+from shira.checkpoint import TensorFolder
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+NAMES = [f"layers.{i}.{kind}.weight" for i in (0, 2, 10) for kind in ("q", "up")]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["shira", "report", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return {name: torch.randn(6, 8, generator=draw) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, base: dict[str, torch.Tensor]) -> Path:
+    """Adapters a, b (without the last tensor) and <c>, the base as one file, and as a folder of two."""
+    folder = tmp_path_factory.mktemp("files")
+    for seed, name in enumerate(("a", "b", "<c>")):
+        draw = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for tensor, weight in base.items():
+            indices = (torch.rand(48, generator=draw) < 0.4).nonzero().squeeze(1)
+            old = weight.view(-1)[indices]
+            tuned = old + torch.randn(old.shape, generator=draw)
+            if (name, tensor) != ("b", NAMES[-1]):
+                tensors[tensor] = AdapterTensor(indices, tuned, (6, 8), torch.float32, checksum=checksum_of(old))
+        Adapter(tensors).save(folder / f"{name}.safetensors")
+    save_file(base, folder / "base.safetensors")
+    sharded = folder / "sharded"
+    sharded.mkdir()
+    parts = {"one.safetensors": NAMES[:2], "two.safetensors": NAMES[2:]}
+    for file, names in parts.items():
+        save_file({name: base[name] for name in names}, sharded / file)
+    index = {"weight_map": {name: file for file, names in parts.items() for name in names}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+class Page(HTMLParser):
+    """Text of each table cell, row by row; addresses that the page asks for; tags left open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.addresses += [value or "" for key, value in attrs if key in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def test_report(files: Path, base: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """In a process of its own, where also warnings of libraries would be seen."""
+    adapters = [files / "a.safetensors", files / "b.safetensors", files / "<c>.safetensors"]
+    command = [*adapters, "--base", files / "sharded", "-o", tmp_path / "deep" / "out", "--json", tmp_path / "n.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "shira.cli", "report", *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "AWOM" in done.stdout
+    assert "a, <c>" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "deep" / "out").iterdir()) == ["report.html", "report.png"]
+    assert (tmp_path / "deep/out/report.png").read_bytes().startswith(b"\x89PNG")
+
+    found = json.loads((tmp_path / "n.json").read_text())
+    assert found["notes"] == []
+    loaded = {path.stem: Adapter.load(path) for path in adapters}
+    assert [pair["adapters"] for pair in found["pairs"]] == [["a", "b"], ["a", "<c>"], ["b", "<c>"]]
+    for pair in found["pairs"]:
+        first, second = (loaded[name] for name in pair["adapters"])
+        expected = metrics.interference(first, second, base)
+        assert list(pair["tensors"]) == list(expected)
+        for name, part in expected.items():
+            for field in ("common", "overlap", "awom", "awor", "relative_awom", "opposite", "sign_conflicts"):
+                assert pair["tensors"][name][field] == pytest.approx(getattr(part, field), rel=1e-12), field
+        assert pair["awom"] == pytest.approx(shira.awom(first, second, base))
+        assert pair["awor"] == pytest.approx(shira.awor(first, second, base))
+        assert pair["overlap"] == shira.overlap(first, second)
+    for name, adapter in loaded.items():
+        deltas = metrics.as_deltas(adapter, base)
+        assert found["adapters"][name]["entries"] == adapter.nnz
+        assert found["adapters"][name]["energy"] == pytest.approx(sum(map(metrics.energy_of, deltas.values())))
+
+    page = Page((tmp_path / "deep/out/report.html").read_text())
+    assert page.open == []
+    (image,) = page.addresses
+    assert image.startswith("data:image/png;base64,")
+    assert ["a", "6", f"{loaded['a'].nnz:,}"] in [row[:3] for row in page.rows]
+    assert ["<c>", "6"] in [row[:2] for row in page.rows]
+    assert sum(row[0] in NAMES for row in page.rows) == 3 * 6
+    # Kinds together, layers by number.
+    assert [row[0] for row in page.rows if row[0] in NAMES][:6] == NAMES[0::2] + NAMES[1::2]
+    # What b lacks is not compared.
+    (lacking,) = (row for row in page.rows if row[0] == NAMES[-1] and row[2] == "0")
+    assert lacking[4:9] == ["-"] * 5
+
+
+def test_without_the_base_there_is_the_overlap(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = files / "a.safetensors", files / "b.safetensors"
+    assert run(monkeypatch, a, b, "-o", tmp_path, "--json", tmp_path / "n.json") == 0
+    found = json.loads((tmp_path / "n.json").read_text())
+    (pair,), (note,) = found["pairs"], found["notes"]
+    assert pair["overlap"] == shira.overlap(a, b) > 0
+    assert "awom" not in pair
+    assert "a, b hold tuned weights" in note
+    assert "--base" in note
+    assert "need the base" in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "report.html").read_text()
+    assert note in page
+    assert "<th>AWOM</th>" not in page
+
+
+def test_doubts_about_the_base_are_notes(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = Adapter.load(files / "a.safetensors")
+    unknown = Adapter(
+        {name: AdapterTensor(part.indices, part.values, part.shape, part.dtype) for name, part in tensors.items()}
+    )
+    unknown.save(tmp_path / "u.safetensors")
+    command = [files / "b.safetensors", tmp_path / "u.safetensors", "--base", files / "base.safetensors"]
+    assert run(monkeypatch, *command, "-o", tmp_path, "--json", tmp_path / "n.json") == 0
+    (note,) = json.loads((tmp_path / "n.json").read_text())["notes"]
+    assert note.startswith("Adapter u: ")
+    assert "no checksum" in note
+    assert "6 of 6 tensors" in note
+
+
+def test_what_is_there_is_replaced_only_by_force(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [files / "a.safetensors", files / "b.safetensors", "-o", tmp_path, "--json", tmp_path / "n.json"]
+    for name in ("report.html", "report.png", "n.json"):
+        (tmp_path / name).write_text("old")
+        assert run(monkeypatch, *command) == 2
+        assert f"{name}: there already; --force" in capsys.readouterr().err
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+        (tmp_path / name).unlink()
+    (tmp_path / "report.html").write_text("old")
+    assert run(monkeypatch, *command, "--force") == 0
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument"),
+        (["{files}/a.safetensors"], "two or more adapters are needed, got 1"),
+        (["{files}/a.safetensors", "{files}/a.safetensors"], "given twice"),
+        (["{files}/a.safetensors", "{files}/none.safetensors"], "none.safetensors"),
+        (["{files}/a.safetensors", "{files}/base.safetensors"], "base.safetensors: unknown format"),
+        (["{files}/a.safetensors", "{tmp}/narrow.safetensors"], "layers.0.q.weight: the adapters were made for diff"),
+        (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}/none"], "none"),
+        (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}"], "no tensor of this name"),
+        (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}/other.safetensors"], "layers.0.q.weight"),
+        (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}/empty"], "no safetensors file"),
+        (["{files}/a.safetensors", "{files}/b.safetensors", "--json", "{tmp}/no/n.json"], "no such folder"),
+        (["{files}/a.safetensors", "{files}/b.safetensors", "--bogus"], "--bogus"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str],
+    message: str,
+    files: Path,
+    base: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    one = AdapterTensor(torch.tensor([0]), torch.tensor([1.0]), (6, 7), torch.float32, "add")
+    Adapter({NAMES[0]: one}).save(tmp_path / "narrow.safetensors")
+    save_file({name: weight + 1 for name, weight in base.items()}, tmp_path / "other.safetensors")
+    if "{tmp}" in arguments:
+        (tmp_path / "other.safetensors").unlink()  # what is left has none of these tensors
+    written = [argument.replace("{files}", str(files)).replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert run(monkeypatch, *written, "-o", tmp_path / "out") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("shira: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_adapters_of_one_file_name_are_told_apart(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.safetensors").write_bytes((files / "b.safetensors").read_bytes())
+    command = [files / "a.safetensors", tmp_path / "a.safetensors", "-o", tmp_path, "--json", tmp_path / "n.json"]
+    assert run(monkeypatch, *command) == 0
+    found = json.loads((tmp_path / "n.json").read_text())
+    assert list(found["adapters"]) == [str(files / "a.safetensors"), str(tmp_path / "a.safetensors")]
+
+
+def test_many_adapters_and_kinds_are_drawn() -> None:
+    """More than there are colours and room for names; a tensor without a number; deltas that are all zero."""
+    adapters = {}
+    for i in range(8):
+        tensors = {
+            f"{'abcdefgh'[k % 8] * (k // 8 + 1)}.{i % 2}.weight": AdapterTensor(
+                torch.tensor([i]), torch.tensor([0.0]), (4, 4), torch.float32, "add"
+            )
+            for k in range(30)
+        }
+        adapters[f"adapter-{i}"] = Adapter(tensors)
+    found = interference_report.compare(adapters, None)
+    assert len(found.parts) == math.comb(8, 2)
+    assert interference_report.picture(found).startswith(b"\x89PNG")
+    assert interference_report.kind_of("a.0.b1.2.w") == "a.*.b1.*.w"
+
+
+def test_a_folder_of_weights(files: Path, base: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    folder = TensorFolder(files / "sharded")
+    assert sorted(folder) == sorted(base)
+    assert len(folder) == len(base)
+    assert all(torch.equal(folder[name], base[name]) for name in base)
+    save_file({"x": torch.ones(2)}, tmp_path / "b.safetensors")
+    save_file({"y": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert sorted(TensorFolder(tmp_path)) == ["x", "y"]
+    save_file({"x": torch.ones(3)}, tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match=r"'x' is in b\.safetensors and in c\.safetensors"):
+        TensorFolder(tmp_path)
+    save_file({"z": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert list(TensorFolder(tmp_path)) == ["z"]
+    index = tmp_path / "model.safetensors.index.json"
+    wrong: list[Any] = ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 1}}']
+    for text in wrong:
+        index.write_text(text)
+        with pytest.raises(ValueError, match="weight_map"):
+            TensorFolder(tmp_path)
+    index.write_text('{"weight_map": {"x": "c.safetensors", "q": "c.safetensors"}}')
+    assert torch.equal(TensorFolder(tmp_path)["x"], torch.ones(3))
+    with pytest.raises(ValueError, match="'q' cannot be read"):
+        TensorFolder(tmp_path)["q"]
+    (tmp_path / "c.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"c\.safetensors"):
+        TensorFolder(tmp_path)["x"]
