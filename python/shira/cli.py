@@ -42,9 +42,7 @@ def demo(
 
 @app.command()
 def report(
-    adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER ADAPTER ...", help="Files of two or more adapters.")
-    ],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Files of two or more adapters.")],
     base: Annotated[
         Path | None,
         typer.Option(metavar="FILE_OR_DIR", help="What they were trained on: a safetensors file or a folder of them."),
