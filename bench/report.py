@@ -64,6 +64,11 @@ class Case:
     def sides(self) -> dict[str, dict[str, Any]]:
         return self.info["sides"]
 
+    @property
+    def is_cold(self) -> bool:
+        """Whether each call meets its data in memory; a single slot counts as warm unless the case says otherwise."""
+        return self.info.get("cold", self.info["slots"] > 1)
+
     def is_loss(self, name: str) -> bool:
         return name in self.info["baselines"] and self.sides[name]["ratio"] < 1
 
@@ -176,7 +181,7 @@ def table(cases: list[Case]) -> list[str]:
             ]
             # Warm data is in the cache, where memory bandwidth says nothing.
             shares = [f"{side['gb_per_s']:.1f}", f"{side['share_of_copy']:.0%}", f"{side['share_of_byte_bound']:.0%}"]
-            cells += shares if case.info["slots"] > 1 else [""] * len(shares)
+            cells += shares if case.is_cold else [""] * len(shares)
             cells += [format_time(side["host_us"]) if side["host_us"] else ""] if on_gpu else []
             if is_training(cases):
                 cells += [f"{1e6 / side['median_us']:.3f}", f"{case.info['trained'][name]:,}", memory(case, name)]
@@ -283,7 +288,10 @@ def draw_sweep(group: str, cases: list[Case]) -> bytes:
         axes.set_xticks([], minor=True)
         axes.set_xlabel(swept)
         axes.set_ylabel("median time, ms")
-        axes.set_ylim(bottom=0)
+        if x[-1] > 10 * x[0]:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(group)

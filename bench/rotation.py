@@ -57,14 +57,16 @@ def make_rotation(
     density: float,
     rank: int = 0,
     slots: int | None = None,
+    at_least: int = 1,
 ) -> list[Slot]:
-    """Slots of weights of `shapes`, `density` of each weight listed: as many as given (1 is warm), or as cold needs."""
+    """Slots of weights of `shapes`, `density` of each weight listed: as many as given (1 is warm), or as cold needs,
+    but `at_least` so many."""
     generator = torch.Generator().manual_seed(0)
     first = _make_slot(shapes, dtype, device, density, rank, generator)
     if slots is None:
         # Counted in touched lines: what a sparse write leaves untouched evicts nothing.
         touched = touched_bytes(first) + (first.indices.nbytes + first.values.nbytes)
-        slots = 1 + math.ceil(CACHE_TURNS * cache_bytes(device) / touched)
+        slots = max(at_least, 1 + math.ceil(CACHE_TURNS * cache_bytes(device) / touched))
     return [first] + [_make_slot(shapes, dtype, device, density, rank, generator) for _ in range(slots - 1)]
 
 
