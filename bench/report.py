@@ -253,7 +253,9 @@ def draw_ratios(group: str, cases: list[Case]) -> bytes:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.5), max(high, 2) * 1.3)
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(low, 0.5) <= t <= max(high, 2) * 1.3]
+    low, high = axes.get_xlim()
+    steps = (1, 2, 5) if high < 1000 * low else (1,)
+    ticks = [t for e in range(-2, 7) for t in (step * 10**e for step in steps) if low <= t <= high]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(names)), names)
