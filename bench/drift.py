@@ -151,7 +151,7 @@ def markdown(results: list[dict[str, Any]], conditions: dict[str, Any], quick: b
     lines += [
         f"After {last} rounds of base → A → B → base, against the base before:",
         "",
-        "| | dtype | weights changed | largest change | over mean \\|w\\| | mean change over mean \\|w\\| |",
+        "| | dtype | weights changed | largest change | the same over mean \\|w\\| | mean change over mean \\|w\\| |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in results:
@@ -165,7 +165,8 @@ def markdown(results: list[dict[str, Any]], conditions: dict[str, Any], quick: b
         "![share of changed weights, and the largest change, over the rounds](drift.png)",
         "",
         "PEFT merges and unmerges by adding and subtracting, and each rounds the weight: LoRA's product reaches all of "
-        "them, SHiRA's entries only their own. ResidentAdapters keeps what it replaces and puts it back.",
+        "them, SHiRA's entries only their own. With the same two adapters in every round the roundings of bfloat16 soon "
+        "repeat themselves, and those of float32 add up. ResidentAdapters keeps what it replaces and puts it back.",
         "",
         "## Conditions",
         "",
