@@ -1,6 +1,6 @@
 """What is left in the weights after 1000 rounds of base -> A -> B -> base: ours, and PEFT's LoRA and SHiRA.
 
-python bench/drift.py --output bench/results/drift          about two minutes on one core
+python bench/drift.py --output bench/results/drift          about three minutes on one core
 python bench/drift.py --output /tmp/drift --quick           a few rounds: shows that it works
 
 PEFT adds an adapter to the weights and subtracts it later; both round. ResidentAdapters keeps the entries it replaces.
@@ -165,8 +165,8 @@ def markdown(results: list[dict[str, Any]], conditions: dict[str, Any], quick: b
         "![share of changed weights, and the largest change, over the rounds](drift.png)",
         "",
         "PEFT merges and unmerges by adding and subtracting, and each rounds the weight: LoRA's product reaches all of "
-        "them, SHiRA's entries only their own. With the same two adapters in every round the roundings of bfloat16 soon "
-        "repeat themselves, and those of float32 add up. ResidentAdapters keeps what it replaces and puts it back.",
+        "them, SHiRA's entries only their own. With the same two adapters in every round bfloat16's roundings soon "
+        "repeat themselves, and float32's add up. ResidentAdapters keeps what it replaces and puts it back.",
         "",
         "## Conditions",
         "",
