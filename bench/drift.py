@@ -1,6 +1,6 @@
-"""What is left in the weights after 1000 rounds of base -> A -> B -> base: ours, and PEFT's LoRA and SHiRA.
+"""What is left in the weights after many rounds of base -> A -> B -> base: ours, and PEFT's LoRA and SHiRA.
 
-python bench/drift.py --output bench/results/drift          about three minutes on one core
+python bench/drift.py --output bench/results/drift          about four minutes on one core
 python bench/drift.py --output /tmp/drift --quick           a few rounds: shows that it works
 
 PEFT adds an adapter to the weights and subtracts it later; both round. ResidentAdapters keeps the entries it replaces.
@@ -12,6 +12,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,41 +42,44 @@ from shira.io import write_atomically
 
 ARCHITECTURE = Architecture("2 Llama layers, hidden 256", llama_shapes(256, 704, 2), rank=2)
 DTYPES = ("float32", "bfloat16")
-ROUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # after which the weights are looked at
-QUICK_ROUNDS = (1, 2, 3)
-SEEDS = {"blue": 1, "paint": 2}  # the adapters
+# How many adapters take turns: after which rounds the weights are looked at.
+ROUNDS = {2: (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), 40: (1, 2, 5, 10, 20, 50, 100, 200)}
+QUICK_ROUNDS = {2: (1, 2, 3), 4: (1, 2, 3)}
 COLOURS = {OURS: "#d9772b", LORA: "#2f6fb5", SHIRA_PEFT: "#5a9e5a"}
 
 
-def ours(dtype: torch.dtype) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:
+Turn = Callable[[str, str], None]  # one round with two adapters
+
+
+def ours(dtype: torch.dtype, seeds: dict[str, int]) -> tuple[Turn, dict[str, torch.Tensor]]:
     """One round, and the weights."""
     model = make_model(ARCHITECTURE.shapes, dtype, "cpu")
     bank = shira.ResidentAdapters(model)
-    for name, seed in SEEDS.items():
+    for name, seed in seeds.items():
         bank.add(name, make_adapter(ARCHITECTURE, dtype, seed))
 
-    def turn() -> None:
-        for target in (*SEEDS, None):
+    def turn(first: str, second: str) -> None:
+        for target in (first, second, None):
             bank.switch(target)
 
     return turn, weights_of(model)
 
 
-def _peft(peft: Any) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:
-    def turn() -> None:
-        for name in SEEDS:
+def _peft(peft: Any) -> tuple[Turn, dict[str, torch.Tensor]]:
+    def turn(first: str, second: str) -> None:
+        for name in (first, second):
             peft.merge_adapter([name])
             peft.unmerge_adapter()
 
     return turn, weights_of(peft)
 
 
-def lora(dtype: torch.dtype) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:
-    return _peft(make_lora(make_model(ARCHITECTURE.shapes, dtype, "cpu"), ARCHITECTURE, SEEDS))
+def lora(dtype: torch.dtype, seeds: dict[str, int]) -> tuple[Turn, dict[str, torch.Tensor]]:
+    return _peft(make_lora(make_model(ARCHITECTURE.shapes, dtype, "cpu"), ARCHITECTURE, seeds))
 
 
-def shira_peft(dtype: torch.dtype) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:
-    return _peft(make_shira_peft(make_model(ARCHITECTURE.shapes, dtype, "cpu"), ARCHITECTURE, SEEDS))
+def shira_peft(dtype: torch.dtype, seeds: dict[str, int]) -> tuple[Turn, dict[str, torch.Tensor]]:
+    return _peft(make_shira_peft(make_model(ARCHITECTURE.shapes, dtype, "cpu"), ARCHITECTURE, seeds))
 
 
 METHODS = {OURS: ours, LORA: lora, SHIRA_PEFT: shira_peft}
@@ -96,44 +100,49 @@ def drift(weights: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure(method: str, dtype: str, rounds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The drift after each number of rounds."""
-    turn, weights = METHODS[method](getattr(torch, dtype))
+def measure(method: str, dtype: str, adapters: int, rounds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The drift after each number of rounds, each with the next two adapters."""
+    seeds = {f"number_{seed}": seed for seed in range(1, adapters + 1)}
+    turn, weights = METHODS[method](getattr(torch, dtype), seeds)
+    names = cycle(seeds)
     found, done = [], 0
-    for goal in track(rounds, f"{method}, {dtype}", console=Console(stderr=True)):
+    for goal in track(rounds, f"{method}, {dtype}, {adapters} adapters", console=Console(stderr=True)):
         for _ in range(goal - done):
-            turn()
+            turn(next(names), next(names))
         done = goal
-        found.append({"method": method, "dtype": dtype, "rounds": goal, **drift(weights)})
+        found.append({"adapters": adapters, "method": method, "dtype": dtype, "rounds": goal, **drift(weights)})
     return found
 
 
 def picture(results: list[dict[str, Any]]) -> bytes:
-    """Over the rounds: the share of changed weights, and the largest difference."""
+    """Over the rounds: the share of changed weights, and the mean difference; a row for each number of adapters."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for method in METHODS:
-        for dtype in DTYPES:
-            rows = [row for row in results if (row["method"], row["dtype"]) == (method, dtype)]
-            x = [row["rounds"] for row in rows]
-            style = {"color": COLOURS[method], "linestyle": "-" if dtype == "bfloat16" else "--", "marker": "."}
-            left.plot(x, [100 * row["changed"] for row in rows], label=f"{method}, {dtype}", clip_on=False, **style)
-            right.plot(x, [100 * row["largest_over_mean"] for row in rows], clip_on=False, **style)
-    left.set_ylabel("weights whose bits changed, %")
-    left.set_ylim(bottom=0)
-    right.set_ylabel("largest change, % of the mean |weight|")
-    right.set_yscale("symlog", linthresh=1e-5)
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_xlabel("rounds of base → A → B → base")
-        axes.grid(color="#e3e5e8")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    counts = sorted({row["adapters"] for row in results})
+    figure, grid = plt.subplots(len(counts), 2, figsize=(10, 3.6 * len(counts)), squeeze=False, layout="constrained")
+    for (left, right), adapters in zip(grid, counts, strict=True):
+        for method in METHODS:
+            for dtype in DTYPES:
+                rows = [r for r in results if (r["adapters"], r["method"], r["dtype"]) == (adapters, method, dtype)]
+                x = [row["rounds"] for row in rows]
+                style = {"color": COLOURS[method], "linestyle": "-" if dtype == "bfloat16" else "--", "marker": "."}
+                label = f"{method}, {dtype}"
+                left.plot(x, [100 * row["changed"] for row in rows], label=label, **style)
+                right.plot(x, [100 * row["mean_over_mean"] for row in rows], **style)
+        left.set_ylabel("weights whose bits changed, %")
+        right.set_ylabel("mean change, % of the mean |weight|")
+        right.set_yscale("symlog", linthresh=1e-9)
+        for axes in (left, right):
+            axes.set_title(f"{adapters} adapters in turn", fontsize=10, loc="left")
+            axes.set_ylim(bottom=0)
+            axes.set_xscale("log")
+            axes.set_xlabel("rounds of base → A → B → base")
+            axes.grid(color="#e3e5e8")
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130)
     plt.close(figure)
@@ -145,28 +154,29 @@ def percent(share: float) -> str:
 
 
 def markdown(results: list[dict[str, Any]], conditions: dict[str, Any], quick: bool) -> str:
-    last = max(row["rounds"] for row in results)
     lines = ["# What switching leaves in the weights", ""]
     lines += ["**Made with --quick: a few rounds.**", ""] if quick else []
     lines += [
-        f"After {last} rounds of base → A → B → base, against the base before:",
+        "After rounds of base → A → B → base, each with the next two of the adapters, against the base before:",
         "",
-        "| | dtype | weights changed | largest change | the same over mean \\|w\\| | mean change over mean \\|w\\| |",
-        "|---|---|---:|---:|---:|---:|",
+        "| adapters | rounds | | dtype | weights changed | largest change | the same over mean \\|w\\| "
+        "| mean change over mean \\|w\\| |",
+        "|---:|---:|---|---|---:|---:|---:|---:|",
     ]
     for row in results:
-        if row["rounds"] == last:
+        if row["rounds"] == max(r["rounds"] for r in results if r["adapters"] == row["adapters"]):
             lines.append(
-                f"| {row['method']} | {row['dtype']} | {percent(row['changed'])} | {row['largest']:.2g} "
-                f"| {percent(row['largest_over_mean'])} | {percent(row['mean_over_mean'])} |"
+                f"| {row['adapters']} | {row['rounds']} | {row['method']} | {row['dtype']} | {percent(row['changed'])} "
+                f"| {row['largest']:.2g} | {percent(row['largest_over_mean'])} | {percent(row['mean_over_mean'])} |"
             )
     lines += [
         "",
-        "![share of changed weights, and the largest change, over the rounds](drift.png)",
+        "![share of changed weights, and the mean change, over the rounds](drift.png)",
         "",
         "PEFT merges and unmerges by adding and subtracting, and each rounds the weight: LoRA's product reaches all of "
-        "them, SHiRA's entries only their own. With the same two adapters in every round bfloat16's roundings soon "
-        "repeat themselves, and float32's add up. ResidentAdapters keeps what it replaces and puts it back.",
+        "them, SHiRA's entries only their own. When the same adapters come again, bfloat16's roundings soon "
+        "repeat themselves, but further adapters bring further ones; float32's add up. ResidentAdapters keeps what it "
+        "replaces and puts it back.",
         "",
         "## Conditions",
         "",
@@ -202,7 +212,13 @@ def command(
         "torch": torch.__version__,
         "peft": peft.__version__,
     }
-    results = [row for dtype in DTYPES for method in METHODS for row in measure(method, dtype, rounds)]
+    results = [
+        row
+        for adapters, looks in rounds.items()
+        for dtype in DTYPES
+        for method in METHODS
+        for row in measure(method, dtype, adapters, looks)
+    ]
     content = json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n"
     write_atomically(output / "results.json", content.encode())
     write_atomically(output / "drift.png", picture(results))
