@@ -48,12 +48,14 @@ class Side:
     """One way to do the job.
 
     `run` does it once on a slot of the rotation; `bytes_moved` is the memory traffic of one call that it cannot avoid;
-    `context` is entered around the timing, not inside it.
+    `context` is entered around the timing, not inside it; `before`, not timed either, brings the slot to where `run`
+    starts.
     """
 
     run: Callable[[Any], object]
     bytes_moved: int
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    before: Callable[[Any], object] = lambda _: None
 
 
 @dataclass
@@ -152,7 +154,7 @@ def compare(
         place: torch's thread count is already set to it.
         group, label: what is measured, and which case of it.
         info: more facts for the report (dtype, nnz, density, ...), JSON types only.
-        calls: calls per round, for calls too short to time one by one.
+        calls: calls per round, for calls too short to time one by one; `before` comes once, ahead of them.
     """
     check()
     if benchmark.disabled:
@@ -198,8 +200,9 @@ def compare(
 
 def _kernels_run(side: Side, slot: Any) -> str:
     """The shira kernels that one call really ran, as they are named by `backends.active`; empty for none."""
-    before = backends.calls()
     with side.context():
+        side.before(slot)
+        before = backends.calls()
         side.run(slot)
     return ", ".join(sorted(backends.calls() - before))
 
@@ -259,6 +262,7 @@ def _time_side(side: Side, slot: Any, place: Place, calls: int) -> tuple[float, 
     """Seconds per call until the work was done, and until the call returned."""
     run = side.run
     with side.context():
+        side.before(slot)
         if place.device == "cpu":
             begin = time.perf_counter_ns()
             for _ in range(calls):

@@ -64,6 +64,11 @@ class Case:
     def sides(self) -> dict[str, dict[str, Any]]:
         return self.info["sides"]
 
+    @property
+    def is_cold(self) -> bool:
+        """Whether each call meets its data in memory; a single slot counts as warm unless the case says otherwise."""
+        return self.info.get("cold", self.info["slots"] > 1)
+
     def is_loss(self, name: str) -> bool:
         return name in self.info["baselines"] and self.sides[name]["ratio"] < 1
 
@@ -176,7 +181,7 @@ def table(cases: list[Case]) -> list[str]:
             ]
             # Warm data is in the cache, where memory bandwidth says nothing.
             shares = [f"{side['gb_per_s']:.1f}", f"{side['share_of_copy']:.0%}", f"{side['share_of_byte_bound']:.0%}"]
-            cells += shares if case.info["slots"] > 1 else [""] * len(shares)
+            cells += shares if case.is_cold else [""] * len(shares)
             cells += [format_time(side["host_us"]) if side["host_us"] else ""] if on_gpu else []
             if is_training(cases):
                 cells += [f"{1e6 / side['median_us']:.3f}", f"{case.info['trained'][name]:,}", memory(case, name)]
@@ -248,7 +253,9 @@ def draw_ratios(group: str, cases: list[Case]) -> bytes:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.5), max(high, 2) * 1.3)
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(low, 0.5) <= t <= max(high, 2) * 1.3]
+    low, high = axes.get_xlim()
+    steps = (1, 2, 5) if high < 1000 * low else (1,)
+    ticks = [t for e in range(-2, 7) for t in (step * 10**e for step in steps) if low <= t <= high]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(names)), names)
@@ -283,7 +290,10 @@ def draw_sweep(group: str, cases: list[Case]) -> bytes:
         axes.set_xticks([], minor=True)
         axes.set_xlabel(swept)
         axes.set_ylabel("median time, ms")
-        axes.set_ylim(bottom=0)
+        if x[-1] > 10 * x[0]:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(group)

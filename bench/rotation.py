@@ -68,15 +68,17 @@ def make_rotation(
     density: float,
     rank: int = 0,
     slots: int | None = None,
+    at_least: int = 1,
 ) -> list[Slot]:
-    """Slots of weights of `shapes`, `density` of each weight listed: as many as given (1 is warm), or as cold needs."""
+    """Slots of weights of `shapes`, `density` of each weight listed: as many as given (1 is warm), or as cold needs,
+    but `at_least` so many."""
     generator = torch.Generator().manual_seed(0)
 
     def make() -> Slot:
         return _make_slot(_make_weights(shapes, dtype, device), density, generator, rank=rank)
 
     first = make()
-    return [first] + [make() for _ in range((slots or _cold_slots([first])) - 1)]
+    return [first] + [make() for _ in range((slots or max(at_least, _cold_slots([first]))) - 1)]
 
 
 def make_shared_rotation(
