@@ -941,3 +941,63 @@ def test_an_adapter_of_the_same_name_is_another_one() -> None:
     bank.add("y", adapters["y"])
     bank.switch("y")
     assert same(snapshot(other), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_runs_are_listed_by_eight_bytes_and_mean_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 8, bias=False, dtype=dtype) for _ in range(3)))
+    base = snapshot(model)
+    adapters = {}
+    for granularity, targets in ((8, "all-linear"), (4, ["0", "2"]), (1, ["1", "2"])):
+        config = shira.ShiraConfig(targets, mask="rand", k=24, granularity=granularity)
+        handle = shira.attach(model, config)
+        with torch.no_grad():
+            for values in handle.parameters():
+                values.normal_()
+        adapters[f"runs of {granularity}"] = handle.adapter()
+        handle.detach()
+    coarse, single = shira.ResidentAdapters(model), shira.ResidentAdapters(model)
+    for name, adapter in adapters.items():
+        coarse.add(name, adapter)
+    monkeypatch.setattr(arena.Arena, "in_runs", lambda self: self)
+    for name, adapter in adapters.items():
+        single.add(name, adapter)
+    unit = 8 // dtype.itemsize
+    for name, adapter in adapters.items():
+        index_bytes = coarse.stats.adapter_bytes[name] - adapter.nnz * dtype.itemsize
+        assert index_bytes == 4 * adapter.nnz // (1 if name == "runs of 1" else unit)
+
+    generator = random.Random(0)
+    names = list(adapters)
+    targets: list[Any] = [None, *names, {names[0]: 0.5}, {names[0]: 1.0, names[1]: 1.0}, dict.fromkeys(names, -0.5)]
+    for start, target in itertools.product(targets, targets):
+        single.switch(target)
+        want = snapshot(model)
+        single.switch(None)
+        coarse.switch(start)
+        if generator.random() < 0.5:
+            coarse.stage(target)
+        coarse.switch(target)
+        assert same(snapshot(model), want)
+        coarse.verify_base()
+        coarse.switch(None)
+        assert same(snapshot(model), base)
+
+
+def test_runs_that_cannot_be_read_as_eight_bytes_are_single_entries() -> None:
+    room = torch.zeros(100, dtype=torch.bfloat16)
+    model = nn.Module()
+    model.odd = nn.Parameter(torch.zeros(3, 7, dtype=torch.bfloat16))  # 42 bytes
+    model.shifted = nn.Parameter(room[1:33].view(4, 8))  # begins at no multiple of 8 bytes
+    model.shifted_run = nn.Parameter(torch.zeros(4, 8, dtype=torch.bfloat16))
+    bank = shira.ResidentAdapters(model)
+    for name, first in (("odd", 8), ("shifted", 8), ("shifted_run", 9)):
+        indices = torch.arange(first, first + 8)
+        shape = tuple(model.get_parameter(name).shape)
+        part = shira.AdapterTensor(indices, torch.ones(8).bfloat16(), shape, torch.bfloat16)
+        bank.add(name, shira.Adapter({name: part}), force=True)
+        assert bank.stats.adapter_bytes[name] == 8 * (4 + 2)
+        bank.switch(name)
+        assert model.get_parameter(name).view(-1).nonzero().view(-1).tolist() == indices.tolist()
+        bank.switch(None)

@@ -2,6 +2,9 @@
 
 All entries of an adapter, for the weights of one dtype and device, lie in one arena, in the model's order, so that one
 op writes them. What is in the weights now is an arena too, with the base's entries beside it.
+
+Where all entries come in aligned runs of 8 bytes or more, an arena lists units of 8 bytes, and ops copy these: for
+bfloat16 a fourth of the positions to keep, to check and to read, for float32 half.
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from shira_kernels import scatter_apply, scatter_apply_batched, scatter_switch_batched
+from shira_kernels import fuse_adapters, scatter_apply, scatter_apply_batched, scatter_switch_batched
 
 Key = tuple[torch.dtype, torch.device]  # what weights of one arena have in common
 Kept = dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # weight -> (indices, the base's entries there)
@@ -20,12 +24,47 @@ Kept = dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # weight -> (indic
 
 @dataclass(frozen=True)
 class Arena:
-    """Sorted entries of several weights: those of weights[i] are offsets[i] to offsets[i + 1]."""
+    """Sorted entries of several weights: those of weights[i] are offsets[i] to offsets[i + 1].
+
+    Values that belong to it are [nnz], whatever the unit.
+    """
 
     ranks: tuple[int, ...]  # of the weights in the model, rising
     weights: list[torch.Tensor]
     offsets: torch.Tensor  # on the CPU
     indices: torch.Tensor
+    unit: int = 1  # neighbouring elements that an index stands for; offsets count indices
+
+    @cached_property
+    def targets(self) -> list[torch.Tensor]:
+        """The weights as ops write them."""
+        return [self.in_units(weight.detach().view(-1)) for weight in self.weights] if self.unit > 1 else self.weights
+
+    def in_units(self, entries: torch.Tensor) -> torch.Tensor:
+        return entries.view(torch.int64) if self.unit > 1 else entries
+
+    def single(self) -> Arena:
+        """The same entries with an index for each."""
+        if self.unit == 1:
+            return self
+        neighbours = torch.arange(self.unit, dtype=self.indices.dtype, device=self.indices.device)
+        indices = (self.indices[:, None] * self.unit + neighbours).view(-1)
+        return Arena(self.ranks, self.weights, self.offsets * self.unit, indices)
+
+    def in_runs(self) -> Arena:
+        """The same entries with an index for each aligned 8 bytes of them, if they can be listed so."""
+        unit = 8 // self.weights[0].element_size()
+        if unit == 1 or any(weight.numel() % unit or weight.data_ptr() % 8 for weight in self.weights):
+            return self
+        if bool((self.offsets % unit).any()):
+            return self
+        runs = self.indices.view(-1, unit)
+        first = runs[:, 0]
+        if bool((first % unit).any()) or bool(
+            (runs[:, -1] != first + (unit - 1)).any()
+        ):  # sorted, unique: side by side
+            return self
+        return Arena(self.ranks, self.weights, self.offsets // unit, first // unit, unit)
 
     @property
     def parts(self) -> Iterator[tuple[torch.Tensor, slice]]:
@@ -69,14 +108,15 @@ class Written:
     saved: torch.Tensor
 
     def take_out(self) -> None:
-        scatter_apply_batched(self.arena.weights, self.arena.offsets, self.arena.indices, self.saved)
+        arena = self.arena
+        scatter_apply_batched(arena.targets, arena.offsets, arena.indices, arena.in_units(self.saved))
 
 
 @dataclass(frozen=True)
 class Write:
     """What is to be written over the base."""
 
-    arena: Arena
+    arena: Arena  # of single entries unless they are replaced at strength 1
     values: torch.Tensor
     strength: float = 1.0
     additive: bool = False
@@ -85,13 +125,25 @@ class Write:
         """Writes it in place of `old`; each entry of either is written once. The base's entries go to `saved`."""
         new, form = self.arena, (self.strength, self.additive)
         if old is None:
-            scatter_apply_batched(new.weights, new.offsets, new.indices, self.values, *form, saved)
-        else:
-            weights, old_offsets, offsets = _aligned(old.arena, new)
-            scatter_switch_batched(
-                weights, old_offsets, old.arena.indices, old.saved, offsets, new.indices, self.values, saved, *form
-            )
-        return Written(new, saved)
+            values, kept = new.in_units(self.values), new.in_units(saved)
+            scatter_apply_batched(new.targets, new.offsets, new.indices, values, *form, kept)
+            return Written(new, saved)
+        before = old.arena
+        if before.unit != new.unit:
+            before, new = before.single(), new.single()
+        targets, old_offsets, offsets = _aligned(before, new)
+        scatter_switch_batched(
+            targets,
+            old_offsets,
+            before.indices,
+            new.in_units(old.saved),
+            offsets,
+            new.indices,
+            new.in_units(self.values),
+            new.in_units(saved),
+            *form,
+        )
+        return Written(self.arena, saved)
 
 
 @dataclass(frozen=True)
@@ -126,7 +178,7 @@ def merge(adapters: dict[str, Pieces]) -> Plan:
             found.setdefault(key, []).extend((name, piece) for piece in group)
     arenas, shares = {}, {}
     for key, owners in found.items():
-        arenas[key], positions = _union([piece.arena for _, piece in owners])
+        arenas[key], positions = _union([piece.arena.single() for _, piece in owners])
         shares[key] = [Share(name, piece, place) for (name, piece), place in zip(owners, positions, strict=True)]
     return Plan(tuple(adapters), arenas, shares)
 
@@ -179,7 +231,7 @@ def _union(arenas: list[Arena]) -> tuple[Arena, list[torch.Tensor]]:
             weights[rank] = weight
             lists.setdefault(rank, []).append((which, arena.indices[part]))
     ranks = sorted(weights)
-    unions = [torch.cat([indices for _, indices in lists[rank]]).unique() for rank in ranks]
+    unions = [_sorted_union([indices for _, indices in lists[rank]]) for rank in ranks]
     offsets = offsets_of([union.numel() for union in unions])
     small = int(offsets[-1]) < 2**31
     positions: list[list[torch.Tensor]] = [[] for _ in arenas]
@@ -190,14 +242,19 @@ def _union(arenas: list[Arena]) -> tuple[Arena, list[torch.Tensor]]:
     return merged, [torch.cat(places) for places in positions]
 
 
+def _sorted_union(lists: list[torch.Tensor]) -> torch.Tensor:
+    none = [indices.new_empty(indices.numel(), dtype=torch.bfloat16) for indices in lists]
+    return fuse_adapters(lists, none, torch.zeros(len(lists), device=lists[0].device), "last")[0]
+
+
 def _aligned(old: Arena, new: Arena) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """The weights of both arenas, and the offsets that each has among them."""
+    """What ops write of both arenas' weights, and the offsets that each arena has among them."""
     if old.ranks == new.ranks:
-        return new.weights, old.offsets, new.offsets
+        return new.targets, old.offsets, new.offsets
     weights: dict[int, torch.Tensor] = {}
     counts: list[dict[int, int]] = []
     for arena in (old, new):
-        weights.update(zip(arena.ranks, arena.weights, strict=True))
+        weights.update(zip(arena.ranks, arena.targets, strict=True))
         counts.append(dict(zip(arena.ranks, arena.offsets.diff().tolist(), strict=True)))
     ranks = sorted(weights)
     old_offsets, offsets = (offsets_of([count.get(rank, 0) for rank in ranks]) for count in counts)

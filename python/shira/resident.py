@@ -224,9 +224,10 @@ class ResidentAdapters:
             kept = self._kept()
             for name, pieces in self._residents.items():
                 for piece in itertools.chain(*pieces.values()):
-                    parts = zip(piece.names, piece.checksums, piece.arena.parts, strict=True)
+                    entries = piece.arena.single()
+                    parts = zip(piece.names, piece.checksums, entries.parts, strict=True)
                     for tensor_name, checksum, (weight, part) in parts:
-                        indices = piece.arena.indices[part].to(weight.device)
+                        indices = entries.indices[part].to(weight.device)
                         if checksum_of(base_entries(weight, indices, kept)) != checksum:
                             raise ValueError(
                                 f"{name}: {tensor_name}: the base entries changed since the adapter was added"
@@ -284,15 +285,16 @@ class ResidentAdapters:
             # All adapters must have the same: one op takes the entries of two.
             wide = any((weight.dtype, weight.device) == key and weight.numel() >= 2**31 for weight in first)
             home = torch.device("cpu") if on_host else key[1]
+            entries = Arena(
+                tuple(rank[weight] for weight in weights),
+                weights,
+                arena.offsets_of([tensor.nnz for tensor in tensors]),
+                torch.cat([tensor.indices for tensor in tensors]).to(home, torch.int64 if wide else torch.int32),
+            )
             piece = Piece(
                 [names[weight] for weight in weights],
                 [checksums[weight] for weight in weights],
-                Arena(
-                    tuple(rank[weight] for weight in weights),
-                    weights,
-                    arena.offsets_of([tensor.nnz for tensor in tensors]),
-                    torch.cat([tensor.indices for tensor in tensors]).to(home, torch.int64 if wide else torch.int32),
-                ),
+                entries if additive else entries.in_runs(),
                 torch.cat([tensor.values for tensor in tensors]).to(home),
                 additive,
             )
@@ -345,7 +347,9 @@ class ResidentAdapters:
         """What to write over the base for a target, and the plan behind it if it is a mix."""
         if not self._is_mix(wanted):
             return {
-                key: Write(piece.arena, piece.values, strength, piece.additive)
+                key: Write(
+                    piece.arena if strength == 1.0 else piece.arena.single(), piece.values, strength, piece.additive
+                )
                 for name, strength in wanted.items()
                 for key, [piece] in self._on_device(name).items()
             }, None
@@ -408,11 +412,11 @@ class ResidentAdapters:
 
     def _kept(self) -> Kept:
         """The entries of the base that the weights do not hold now."""
-        return {
-            weight: (written.arena.indices[part], written.saved[part])
-            for written in self._written.values()
-            for weight, part in written.arena.parts
-        }
+        kept: Kept = {}
+        for written in self._written.values():
+            entries = written.arena.single()
+            kept.update((weight, (entries.indices[part], written.saved[part])) for weight, part in entries.parts)
+        return kept
 
 
 def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.Tensor]) -> None:
