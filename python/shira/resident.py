@@ -18,7 +18,7 @@ from torch import nn
 
 from shira import arena
 from shira.adapter import Adapter, checksum_of
-from shira.arena import Arena, Kept, Key, Piece, Pieces, Plan, Write, Written, base_entries
+from shira.arena import Arena, Kept, Key, Piece, Pieces, Plan, Share, Write, Written, base_entries
 from shira.attach import check_base, check_claim, check_fits, claim
 from shira.names import first_names, resolve
 
@@ -354,16 +354,22 @@ class ResidentAdapters:
                 for key, [piece] in self._on_device(name).items()
             }, None
         plan = self._plan_for(wanted)
-        kept = self._kept()
         writes = {}
         for key, merged in plan.arenas.items():
-            written = self._written.get(key)
-            if written is not None and written.arena is merged:
-                base = written.saved
-            else:
-                base = torch.cat([base_entries(weight, merged.indices[part], kept) for weight, part in merged.parts])
+            base = self._base_of(merged, plan.shares[key], self._written.get(key))
             writes[key] = Write(merged, arena.mixed(base, plan.shares[key], wanted))
         return writes, plan
+
+    def _base_of(self, merged: Arena, shares: list[Share], written: Written | None) -> torch.Tensor:
+        """The base's entries of a mix, whatever the weights hold now."""
+        if written is not None and written.arena is merged:
+            return written.saved
+        share = next((share for share in shares if written is not None and share.piece.arena is written.arena), None)
+        kept = {} if share is not None else self._kept()
+        base = torch.cat([base_entries(weight, merged.indices[part], kept) for weight, part in merged.parts])
+        if share is not None and written is not None:
+            base[share.positions] = written.saved
+        return base
 
     def _switch(self, wanted: dict[str, float]) -> None:
         self._await_staged()
