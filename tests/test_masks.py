@@ -133,7 +133,7 @@ def struct_ranking(shape: tuple[int, int], k: int, axis: int, offset: int, diago
     rows, columns = shape
     lines, width = (rows, columns) if axis == 0 else (columns, rows)
     main = min(shape) if diagonal else 0
-    f = max(1, lines // max(1, math.ceil((k - main) / width)))
+    f = max(1, lines // max(1, math.ceil((k - main) / max(1, width - diagonal))))
     ranking = [i * columns + i for i in range(main)]
     for line in sorted(range(lines), key=lambda line: ((line - offset) % f, line)):
         for other in range(width):
@@ -192,9 +192,15 @@ def test_struct_has_every_fth_row_and_the_diagonal() -> None:
             masks.struct(weight, 0.5, k=64 + 4 * 63, **{argument: value})
 
 
-def test_struct_families_of_one_offset_each_share_the_diagonal_only() -> None:
-    a, b = (set(masks.struct(torch.empty(40, 40), 0.1, offset=offset).tolist()) for offset in (0, 1))
-    assert a & b == {i * 41 for i in range(40)}
+@given(st.integers(2, 40), st.integers(2, 40), st.floats(0.02, 0.3), st.sampled_from([0, 1]), st.data())
+def test_struct_masks_of_two_offsets_share_the_diagonal_only(rows, columns, density, axis, data) -> None:
+    weight = torch.empty(rows, columns)
+    k = max(min(rows, columns), round(density * weight.numel()))
+    _, f = struct_ranking((rows, columns), k, axis, 0, True)
+    first, second = data.draw(st.integers(0, f - 1)), data.draw(st.integers(0, f - 1))
+    if first != second:
+        a, b = (set(masks.struct(weight, 0.1, k=k, axis=axis, offset=o).tolist()) for o in (first, second))
+        assert a & b == {i * columns + i for i in range(min(rows, columns))}
 
 
 @pytest.mark.parametrize("mask", ["grad", "snip"])

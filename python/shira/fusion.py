@@ -12,11 +12,12 @@ from torch import nn
 
 from shira.adapter import Adapter, AdapterTensor, checksum_of
 from shira.attach import check_base, check_fits
+from shira.checkpoint import TensorFolder
 from shira.names import canonical, first_names, resolve
 from shira_kernels import fuse_adapters
 from shira_kernels.ops.fuse_adapters import POLICIES
 
-# A model whose weights hold the base, its state dict, or one safetensors file of it.
+# A model whose weights hold the base, its state dict, a safetensors file of it, or a folder of such files.
 Base = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 _Read = Callable[[], torch.Tensor]
 _Find = Callable[[str], tuple[str, _Read | None]]
@@ -43,7 +44,7 @@ def fuse(
             "mean": the sum, divided by the number of adapters that have the entry; "ties": the mean of those whose sign
             is that of the sum; "last": the delta of the last adapter that has the entry, whatever the strengths.
         base: the tensors that the adapters were made for: a model whose weights hold them now, a state dict, or the
-            path of a safetensors file. Adapters of kind "replace" need it.
+            path of a safetensors file or of a folder of them. Adapters of kind "replace" need it.
         force: fuse also adapters that were made for another base.
 
     Returns:
@@ -203,6 +204,9 @@ def _opened(base: Base | None) -> Iterator[_Find]:
         yield in_model
     elif isinstance(base, Mapping):
         yield _finder(base, base.__getitem__)
+    elif isinstance(base, (str, os.PathLike)) and os.path.isdir(base):
+        folder = TensorFolder(base)
+        yield _finder(folder, folder.__getitem__)
     elif isinstance(base, (str, os.PathLike)):
         from safetensors import SafetensorError, safe_open
 
@@ -215,7 +219,7 @@ def _opened(base: Base | None) -> Iterator[_Find]:
         with file:
             yield _finder(file.keys(), file.get_tensor)
     else:
-        raise ValueError(f"base must be a model, its state dict or the path of a safetensors file, got {base!r}")
+        raise ValueError(f"base must be a model, its state dict or the path of safetensors, got {base!r}")
 
 
 def _finder(names: Iterable[str], tensor_of: Callable[[str], torch.Tensor]) -> _Find:

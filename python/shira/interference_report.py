@@ -22,7 +22,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from shira.adapter import Adapter
-from shira.checkpoint import TensorFolder
 from shira.fusion import Base
 from shira.io import write_atomically
 from shira.metrics import Interference, Overlap, as_deltas, energy_of, interference_of, overlap_of, pairs
@@ -113,7 +112,6 @@ def run_report(
         raise ValueError(f"{json_file}: there is no such folder")
     if there := [str(path) for path in written if path.is_dir() or (path.exists() and not force)]:
         raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
-    weights: Base | None = TensorFolder(base) if base and base.is_dir() else base
     adapters = {name: Adapter.load(file) for name, file in zip(names, files, strict=True)}
     output.mkdir(parents=True, exist_ok=True)
 
@@ -125,7 +123,7 @@ def run_report(
         def show(done: int, total: int, what: str) -> None:
             progress.update(task, completed=done, total=total, description=what)
 
-        found = compare(adapters, weights, show)
+        found = compare(adapters, base, show)
     if json_file:
         write_atomically(json_file, (json.dumps(to_dict(found), indent=1) + "\n").encode())
     write(found, output)

@@ -61,9 +61,10 @@ def struct(
 
     The weight counts as a matrix: rows are its first dimension, columns all others. The ranking begins with the main
     diagonal; then come rows 0, f, 2f, ..., then rows 1, 1 + f, ..., and so on, each from left to right, without what
-    lies on the diagonal. f is the number of rows over how many rows are needed for k entries beside the diagonal:
+    lies on the diagonal. f is the number of rows over how many rows are needed for k entries beside the diagonal, each
+    of `new` entries: columns, less one with the diagonal, but at least 1:
 
-        f = max(1, rows // max(1, ceil((k - diagonal) / columns)))
+        f = max(1, rows // max(1, ceil((k - diagonal) / new)))
 
     So a mask holds exactly k entries: the last row is cut where they are reached. A run is ranked by its first entry.
 
@@ -87,7 +88,7 @@ def struct(
     shape = (weight.shape[0], weight.numel() // weight.shape[0]) if weight.dim() else (1, 1)
     lines, width = shape[axis], shape[1 - axis]
     on_diagonal = min(shape) if diagonal else 0
-    f = max(1, lines // max(1, math.ceil((take * granularity - on_diagonal) / width)))
+    f = max(1, lines // max(1, math.ceil((take * granularity - on_diagonal) / max(1, width - diagonal))))
     if type(offset) is not int or not 0 <= offset < f:
         raise ValueError(f"offset must lie in [0, {f}), the distance of the lines, got {offset!r}")
     needed = min((leave + take) * granularity, weight.numel())  # entries of so many runs
