@@ -9,10 +9,10 @@ from typing import Any
 from shira_kernels.triton import _math, masked_grad
 from shira_kernels.triton import fuse_adapters as fuse
 from shira_kernels.triton import masked_adamw as adamw
+from shira_kernels.triton import scatter_apply_batched as batched
+from shira_kernels.triton import scatter_switch_batched as switch
 from shira_kernels.triton import topk_indices as topk
 from shira_kernels.triton.scatter_apply import BLOCK, scatter_apply_kernel
-from shira_kernels.triton.scatter_apply_batched import scatter_apply_batched_kernel
-from shira_kernels.triton.scatter_switch_batched import scatter_switch_batched_kernel
 
 MODES = (_math.REPLACE.value, _math.INTERPOLATE.value, _math.ADD.value)
 # Weight and value types as the launchers pass them: bits where entries are replaced, bfloat16 as int16.
@@ -116,9 +116,9 @@ def scatter_variants() -> Iterator[Variant]:
                 },
                 constants,
             )
-            constants = {"STEPS": 8, **constants}
+            constants = {"STEPS": 8, **constants, "BLOCK": batched.BLOCK}
             yield (
-                scatter_apply_batched_kernel,
+                batched.scatter_apply_batched_kernel,
                 {
                     "table": "*i64",
                     "offsets": "*i64",
@@ -135,7 +135,7 @@ def scatter_variants() -> Iterator[Variant]:
 def switch_variants() -> Iterator[Variant]:
     for mode, old_index, index in itertools.product(MODES, ("i32", "i64"), ("i32", "i64")):
         for weight, value in PAIRS[mode]:
-            constants = {"STEPS": 8, "MODE": mode, "BLOCK": BLOCK}
+            constants = {"STEPS": 8, "MODE": mode, "BLOCK": switch.BLOCK}
             signature = {
                 "table": "*i64",
                 "old_offsets": "*i64",
@@ -151,7 +151,7 @@ def switch_variants() -> Iterator[Variant]:
                 "alpha_bits": "i64",
                 **dict.fromkeys(constants, "constexpr"),
             }
-            yield scatter_switch_batched_kernel, signature, constants
+            yield switch.scatter_switch_batched_kernel, signature, constants
 
 
 def adamw_variants() -> Iterator[Variant]:

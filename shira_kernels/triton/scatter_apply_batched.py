@@ -18,7 +18,9 @@ import triton.language as tl
 from shira_kernels.bits import as_bits
 from shira_kernels.triton._batch import offsets_on, on_device, part_of
 from shira_kernels.triton._math import REPLACE, as_kernel_type, float_bits
-from shira_kernels.triton.scatter_apply import BLOCK, mode_of, update_entries
+from shira_kernels.triton.scatter_apply import mode_of, update_entries
+
+BLOCK = 512  # entries of a program: with 1024 the search for its part spills registers
 
 
 @triton.jit

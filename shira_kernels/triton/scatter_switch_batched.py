@@ -17,8 +17,10 @@ import triton.language as tl
 from shira_kernels.bits import as_bits
 from shira_kernels.triton._batch import offsets_on
 from shira_kernels.triton._math import REPLACE, as_kernel_type, float_bits
-from shira_kernels.triton.scatter_apply import BLOCK, mode_of, update_entries
+from shira_kernels.triton.scatter_apply import mode_of, update_entries
 from shira_kernels.triton.scatter_apply_batched import entries_of, table_of
+
+BLOCK = 512  # entries of a program: with 1024 the searches spill registers
 
 
 @triton.jit
