@@ -81,8 +81,8 @@ class Recipe:
         return SHIRA_RATES if self.mask else LORA_RATES
 
 
-LORA_RATES = (3e-3, 1e-2, 3e-2)
-SHIRA_RATES = (7e-3, 2e-2, 6e-2)
+LORA_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+SHIRA_RATES = (7e-3, 2e-2, 6e-2, 2e-1)
 
 
 @dataclass(frozen=True)
@@ -318,13 +318,20 @@ class Results(study.Runs):
         found = {lr: self.find(recipe=recipe.name, domain=domain, lr=lr) for lr in recipe.learning_rates}
         return {lr: run and run["validation"] for lr, run in found.items()}
 
-    def best_lr(self, recipe: Recipe, domain: str) -> float:
-        """The learning rate of the fewest bits per byte, the lowest of equals; all must have been tried."""
+    def best_lr(self, recipe: Recipe, domain: str) -> float | None:
+        """The learning rate of the fewest bits per byte, the lowest of equals; None while trials are missing."""
         tried = self.trials(recipe, domain)
+        if None in tried.values():
+            return None
         return min(tried, key=lambda lr: tried[lr])  # type: ignore[arg-type, return-value]
 
+    def best_rates(self, method: Method) -> dict[str, float | None]:
+        """By domain."""
+        return {d: self.best_lr(recipe, d) for recipe, d in zip(method.recipes, DOMAINS, strict=True)}
+
     def pair(self, method: Method, seed: int) -> dict[str, Any] | None:
-        return self.find(method=method.name, seed=seed)
+        """The run with the best learning rates."""
+        return self.find(method=method.name, seed=seed, lr=self.best_rates(method))
 
     def missing(self) -> list[Any]:
         planned: list[Any] = [] if self.find(method="base") else [Base()]
@@ -345,9 +352,11 @@ def run(plan: Base | Trial | Pair, results: Results, task: Task) -> dict[str, An
         # What diverged loses against any number; NaN is no JSON.
         validation = trained.validation if math.isfinite(trained.validation) else 99.0
         return {"recipe": plan.recipe.name, "domain": plan.domain, "lr": plan.lr, "validation": validation}
-    pair = dict(zip(DOMAINS, plan.method.recipes, strict=True))
-    rates = {domain: results.best_lr(recipe, domain) for domain, recipe in pair.items()}
-    both = {domain: train(task, recipe, domain, rates[domain], plan.seed, settings) for domain, recipe in pair.items()}
+    rates = results.best_rates(plan.method)
+    both = {
+        domain: train(task, recipe, domain, rates[domain], plan.seed, settings)  # type: ignore[arg-type]
+        for recipe, domain in zip(plan.method.recipes, DOMAINS, strict=True)
+    }
     adapters = {domain: trained.adapter for domain, trained in both.items()}
     return {
         "method": plan.method.name,

@@ -185,6 +185,24 @@ def test_every_adapter_tries_as_many_learning_rates(fusion: ModuleType, settings
     assert len(set(map(str, plans))) == len(plans)
 
 
+def test_a_pair_with_another_rate_than_the_best_is_done_again(
+    fusion: ModuleType, settings: Any, tmp_path: Path
+) -> None:
+    """As when a learning rate was added to the trials, and won."""
+    results = fusion.Results(tmp_path / "results.json", settings)
+    method = fusion.METHODS[0]
+    results.add(
+        {"method": method.name, "seed": 0, "lr": dict.fromkeys(fusion.DOMAINS, method.recipes[0].learning_rates[0])}
+    )
+    for recipe, domain in zip(method.recipes, fusion.DOMAINS, strict=True):
+        assert fusion.Pair(method, 0) in results.missing()
+        for lr in recipe.learning_rates:
+            results.add({"recipe": recipe.name, "domain": domain, "lr": lr, "validation": 2 + lr})
+    assert fusion.Pair(method, 0) not in results.missing()
+    results.runs[-1]["validation"] = 1.0
+    assert fusion.Pair(method, 0) in results.missing()
+
+
 def test_drop_and_its_share(fusion: ModuleType) -> None:
     report = fusion.fusion_report
     row = report.Row(
