@@ -53,6 +53,11 @@ class Row:
         """Improvement that fusing takes, a mean over domains, one a seed."""
         return [a - b for a, b in zip(means(self.single), means(self.main), strict=True)]
 
+    def interaction(self) -> list[float]:
+        """How far the fused improvement is from the sum of what both adapters do alone, one a seed."""
+        parts = zip(means(self.single), means(self.other), means(self.main), strict=True)
+        return [fused - single - other for single, other, fused in parts]
+
     def lost(self) -> list[float]:
         """The drop as a share of the improvement."""
         return [drop / single for drop, single in zip(self.drop(), means(self.single), strict=True)]
@@ -159,6 +164,9 @@ def markdown(table: list[Row], results: Results, quick: bool, command: str) -> s
             )
             verdicts = [study.verdict(a, b, scale=1000, digits=0, unit="mbit") for a, b in pairs]
             lines.append(f"| {row.name} | {' | '.join(verdicts)} |")
+    overlapping, non_overlapping = (means(row.main) for row in table if row.name.startswith("SHiRA wm"))
+    compared = study.verdict(non_overlapping, overlapping, scale=1000, digits=0, unit="mbit")
+    lines += ["", f"wm fused, non-overlapping against overlapping: {compared}."]
     lines += ["", *_strengths(table), "", *_interference(table), "", *_paper(), "", *_tuning(results), ""]
     return "\n".join(lines + _conditions(results, table, command)) + "\n"
 
@@ -182,13 +190,15 @@ def _interference(table: list[Row]) -> list[str]:
     lines = [
         "## What one adapter does to the other domain",
         "",
-        "Improvement by the other domain's adapter alone (below zero: it harms), and how many entries both train.",
+        "Improvement by the other domain's adapter alone (below zero: it harms). Interaction: the fused improvement "
+        "less the sum of what both adapters do alone, mean over domains; below zero they hinder each other. Last, how "
+        "many entries both train.",
         "",
-        "| method | prose adapter on C++ | C++ adapter on prose | entries in common, % |",
-        "|---|---:|---:|---:|",
+        "| method | prose adapter on C++ | C++ adapter on prose | interaction | entries in common, % |",
+        "|---|---:|---:|---:|---:|",
     ]
     for row in table:
-        cells = [_cell(_of(row.other, domain)) for domain in _TITLES]
+        cells = [*(_cell(_of(row.other, domain)) for domain in _TITLES), _cell(row.interaction())]
         common = "all are changed" if row.shared is None else f"{100 * row.shared:.0f}"
         lines.append(f"| {row.name} | {' | '.join(cells)} | {common} |")
     return lines

@@ -210,10 +210,11 @@ def test_drop_and_its_share(fusion: ModuleType) -> None:
         1,
         None,
         single=[{"cpp": 0.5, "prose": 0.1}, {"cpp": 0.4, "prose": 0.2}],
-        other=[],
+        other=[{"cpp": -0.1, "prose": 0.0}, {"cpp": 0.2, "prose": 0.0}],
         fused={"0.5": [], "1": [{"cpp": 0.3, "prose": 0.0}, {"cpp": 0.4, "prose": 0.2}]},
     )
     assert row.drop() == pytest.approx([0.15, 0.0])
+    assert row.interaction() == pytest.approx([-0.1, -0.1])
     assert row.lost() == pytest.approx([0.5, 0.0])
 
 
