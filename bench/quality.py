@@ -402,6 +402,7 @@ class Results(study.Runs):
     def __init__(self, path: Path, settings: Settings) -> None:
         self.settings = settings
         self.methods = METHODS
+        self.left_out: list[str] = []  # names of methods
         versions = {"torch": torch.__version__, "peft": study.version("peft"), **quality_data.versions()}
         super().__init__(path, {"settings": asdict(settings), "versions": versions})
 
@@ -418,17 +419,20 @@ class Results(study.Runs):
 
     def missing(self) -> list[Planned]:
         """Runs to be done, in order; those with the best learning rate follow when it is known."""
+        return [planned for method in self.methods for planned in self.missing_of(method)]
+
+    def missing_of(self, method: Method) -> list[Planned]:
         first, *others = self.settings.seeds
-        planned = []
-        for method in self.methods:
-            planned += [
-                Planned(method, first, lr) for lr in method.learning_rates if not self.run_of(method, first, lr)
-            ]
-            best = self.best_lr(method)
-            planned += [
-                Planned(method, seed, best) for seed in others if best is None or not self.run_of(method, seed, best)
-            ]
-        return planned
+        planned = [Planned(method, first, lr) for lr in method.learning_rates if not self.run_of(method, first, lr)]
+        best = self.best_lr(method)
+        return planned + [
+            Planned(method, seed, best) for seed in others if best is None or not self.run_of(method, seed, best)
+        ]
+
+    def leave_out_unfinished_runs(self) -> None:
+        """Methods that train runs of entries, and are not finished, are left to `left_out`; no other needs them."""
+        self.left_out = [m.name for m in self.methods if m.granularity > 1 and self.missing_of(m)]
+        self.methods = tuple(method for method in self.methods if method.name not in self.left_out)
 
 
 def command(
@@ -449,6 +453,8 @@ def command(
             task = load_task(settings)
         results.check_texts(quality_data.digest(task.parts))
         study.complete(results, lambda plan: run(plan.method, plan.lr, plan.seed, task, settings), console)
+    if report_only:
+        results.leave_out_unfinished_runs()
     study.check_complete(results)
     quality_report.write(results, output, quick, "python bench/quality.py --output DIR" + " --quick" * quick)
     console.print(f"{output / 'report.md'}", soft_wrap=True)

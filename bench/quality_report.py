@@ -143,6 +143,8 @@ def markdown(table: list[Row], results: Results, quick: bool, command: str) -> s
     for row in table:
         if row.granularity > 1:
             lines.append(f"- {row.name}: {verdict(row, by_name[f'SHiRA {row.mask}'])}")
+    if results.left_out:
+        lines += ["", f"Not finished, and left out: {', '.join(results.left_out)}."]
     lines += ["", *_tuning(table), "", *_conditions(results, command, conditions, classes)]
     return "\n".join(lines) + "\n"
 

@@ -221,6 +221,21 @@ def test_finished_runs_are_skipped_and_the_best_rate_is_used(
     assert quality.Results(path, settings).missing() == []
 
 
+def test_a_report_leaves_out_runs_of_entries_that_are_not_finished(
+    quality: ModuleType, settings: Any, tmp_path: Path
+) -> None:
+    results = quality.Results(tmp_path / "results.json", settings)
+    single = [method for method in quality.METHODS if method.granularity == 1]
+    _fake_runs(quality, results, [plan for plan in results.missing() if plan.method in single[1:]])
+    results.leave_out_unfinished_runs()
+    assert {plan.method for plan in results.missing()} == {single[0]}  # without it there is no report
+    _fake_runs(quality, results, results.missing())
+    assert results.missing() == []
+    assert len(results.left_out) == len(quality.METHODS) - len(single)
+    text = quality.quality_report.markdown(quality.quality_report.rows(results), results, False, "")
+    assert "left out: SHiRA wm, runs of 8, " in text
+
+
 def test_an_interrupted_command_goes_on(
     quality: ModuleType, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
