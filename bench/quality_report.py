@@ -5,17 +5,18 @@ from __future__ import annotations
 import io
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import study
+from study import COLOURS, INK
 
 from shira.io import write_atomically
 
 if TYPE_CHECKING:
     from quality import Results
-
-_COLOURS = {"probe": "#9aa0a6", "full": "#3c4043", "lora": "#2f6fb5", "dora": "#2f6fb5", "shira": "#d9772b"}
-_INK = "#303438"
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over seeds, n - 1."""
-        return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
+        return study.spread(self.test)
 
     @property
     def at_edge(self) -> bool:
@@ -53,8 +53,8 @@ def rows(results: Results) -> list[Row]:
     for method in results.methods:
         best = results.best_lr(method)
         assert best is not None
-        runs = [results.find(method, seed, best) for seed in results.settings.seeds]
-        tried = [results.find(method, results.settings.seeds[0], lr) for lr in method.learning_rates]
+        runs = [results.run_of(method, seed, best) for seed in results.settings.seeds]
+        tried = [results.run_of(method, results.settings.seeds[0], lr) for lr in method.learning_rates]
         assert all(runs)
         assert all(tried)
         times = [run["seconds_per_step"] for run in runs if run["seconds_per_step"]]
@@ -74,20 +74,8 @@ def rows(results: Results) -> list[Row]:
     return sorted(found, key=lambda row: -row.mean)
 
 
-def paired(first: Row, second: Row) -> tuple[float, float]:
-    """Mean and standard deviation over seeds of the difference: a seed gives both the same texts, order and head."""
-    differences = [a - b for a, b in zip(first.test, second.test, strict=True)]
-    return statistics.mean(differences), statistics.stdev(differences) if len(differences) > 1 else 0.0
-
-
 def verdict(first: Row, second: Row) -> str:
-    """In words, whether two methods differ by more than the spread of their difference."""
-    mean, spread = paired(first, second)
-    points = f"{round(100 * mean, 1) + 0.0:+.1f} ± {100 * spread:.1f} points"  # + 0.0: no minus before zero
-    if abs(mean) <= spread:
-        return f"no difference beyond the spread ({points})"
-    agree = len({a > b for a, b in zip(first.test, second.test, strict=True)}) == 1
-    return f"{'better' if mean > 0 else 'worse'} ({points}{'' if agree else ', not with every seed'})"
+    return study.verdict(first.test, second.test, scale=100, digits=1, unit="points")
 
 
 def write(results: Results, folder: Path, quick: bool, command: str) -> None:
@@ -147,10 +135,16 @@ def markdown(table: list[Row], results: Results, quick: bool, command: str) -> s
     for row in table:
         if row.kind == "shira":
             lines.append(f"| {row.name} | {' | '.join(verdict(row, other) for other in others)} |")
-    lines += ["", "Runs instead of single entries (granularity), same mask:", ""]
+    lines += [
+        "",
+        "Runs instead of single entries (granularity), same mask; struct is made of whole rows and has no granularity:",
+        "",
+    ]
     for row in table:
         if row.granularity > 1:
             lines.append(f"- {row.name}: {verdict(row, by_name[f'SHiRA {row.mask}'])}")
+    if results.left_out:
+        lines += ["", f"Not finished, and left out: {', '.join(results.left_out)}."]
     lines += ["", *_tuning(table), "", *_conditions(results, command, conditions, classes)]
     return "\n".join(lines) + "\n"
 
@@ -159,8 +153,9 @@ def _tuning(table: list[Row]) -> list[str]:
     lines = [
         "## Tuning",
         "",
-        "Each method tried three learning rates on the first seed; validation accuracy in %. The grids were placed by "
-        "short trials on the validation part with another seed, and so was the number of steps.",
+        f"Each method tried {_same(len(row.tried) for row in table)} learning rates on the first seed; validation "
+        "accuracy in %. The grids were placed by short trials on the validation part with another seed, and so was the "
+        "number of steps; the last rate of each was added when most methods had chosen the third.",
         "",
         "| method | learning rate: validation accuracy |",
         "|---|---|",
@@ -172,6 +167,12 @@ def _tuning(table: list[Row]) -> list[str]:
             cells.append(f"**{cell}**" if lr == row.learning_rate else cell)
         lines.append(f"| {row.name} | {', '.join(cells)} |")
     return lines
+
+
+def _same(numbers: Iterable[int]) -> int:
+    """The one number that all are."""
+    (number,) = set(numbers)
+    return number
 
 
 def _conditions(results: Results, command: str, conditions: dict[str, Any], classes: int) -> list[str]:
@@ -216,7 +217,7 @@ def picture(table: list[Row], results: Results) -> bytes:
 
     figure, axes = plt.subplots(figsize=(8.5, 0.36 * len(table) + 1.6), layout="constrained")
     for place, row in enumerate(reversed(table)):
-        colour = _COLOURS[row.kind]
+        colour = COLOURS[row.kind]
         axes.plot([100 * row.mean] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=3, solid_capstyle="butt")
         offsets = [0.16 * (i - (len(row.test) - 1) / 2) for i in range(len(row.test))]
         axes.scatter(
@@ -230,13 +231,13 @@ def picture(table: list[Row], results: Results) -> bytes:
         )
     axes.set_yticks(range(len(table)), [row.name for row in reversed(table)])
     for label, row in zip(axes.get_yticklabels(), reversed(table), strict=True):
-        label.set_color(_COLOURS[row.kind])
-    axes.set_xlabel("test accuracy, %: a dot for each seed, a bar at their mean", color=_INK)
+        label.set_color(COLOURS[row.kind])
+    axes.set_xlabel("test accuracy, %: a dot for each seed, a bar at their mean", color=INK)
     adapters = {row.trained for row in table if row.kind in ("lora", "dora", "shira")}
     axes.set_title(
         f"Which package does a docstring come from? Adapters train {max(adapters):,} numbers each",
         fontsize=10,
-        color=_INK,
+        color=INK,
         loc="left",
     )
     axes.grid(axis="x", color="#e3e5e8")

@@ -154,7 +154,7 @@ def test_all_adapters_train_equally_many_numbers(quality: ModuleType, task: Any,
         assert trained.numbers == expected, method.name
         free = {p for p in model.parameters() if p.requires_grad}
         assert free == {*trained.parameters, *model.head.parameters()}, method.name
-    assert kinds == {"lora": 1, "dora": 1, "shira": 10}
+    assert kinds == {"lora": 1, "dora": 1, "shira": 16}
 
 
 def test_a_draw_is_balanced_and_differs_by_seed(quality: ModuleType, task: Any, settings: Any) -> None:
@@ -210,8 +210,8 @@ def test_finished_runs_are_skipped_and_the_best_rate_is_used(
     path = tmp_path / "results.json"
     results = quality.Results(path, settings)
     every = results.missing()
-    assert len(every) == len(quality.METHODS) * (3 + len(settings.seeds) - 1)
-    _fake_runs(quality, results, every[:3])
+    assert len(every) == len(quality.METHODS) * (4 + len(settings.seeds) - 1)
+    _fake_runs(quality, results, every[:4])
     resumed = quality.Results(path, settings)
     assert resumed.runs == results.runs
     method = every[0].method
@@ -219,6 +219,21 @@ def test_finished_runs_are_skipped_and_the_best_rate_is_used(
     assert missing[0] == quality.Planned(method, settings.seeds[1], method.learning_rates[1])
     _fake_runs(quality, resumed, missing)
     assert quality.Results(path, settings).missing() == []
+
+
+def test_a_report_leaves_out_runs_of_entries_that_are_not_finished(
+    quality: ModuleType, settings: Any, tmp_path: Path
+) -> None:
+    results = quality.Results(tmp_path / "results.json", settings)
+    single = [method for method in quality.METHODS if method.granularity == 1]
+    _fake_runs(quality, results, [plan for plan in results.missing() if plan.method in single[1:]])
+    results.leave_out_unfinished_runs()
+    assert {plan.method for plan in results.missing()} == {single[0]}  # without it there is no report
+    _fake_runs(quality, results, results.missing())
+    assert results.missing() == []
+    assert len(results.left_out) == len(quality.METHODS) - len(single)
+    text = quality.quality_report.markdown(quality.quality_report.rows(results), results, False, "")
+    assert "left out: SHiRA wm, runs of 8, " in text
 
 
 def test_an_interrupted_command_goes_on(
@@ -245,7 +260,7 @@ def test_an_interrupted_command_goes_on(
         quality.command(tmp_path, quick=True)
     finally:
         torch.set_num_threads(threads)
-    assert len(done) == len(set(done)) == len(quality.METHODS) * 4
+    assert len(done) == len(set(done)) == len(quality.METHODS) * 5
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "numbers mean nothing" in (tmp_path / "report.md").read_text()
 
@@ -255,11 +270,11 @@ def test_results_of_other_settings_are_refused(
 ) -> None:
     path = tmp_path / "results.json"
     quality.Results(path, settings).write()
-    with pytest.raises(quality.QualityError, match="other settings: steps 2, now 320"):
+    with pytest.raises(quality.StudyError, match="other settings: steps 2, now 320"):
         quality.Results(path, dataclasses.replace(settings, steps=320))
     results = quality.Results(path, settings)
     results.check_texts("a")
-    with pytest.raises(quality.QualityError, match="other texts"):
+    with pytest.raises(quality.StudyError, match="other texts"):
         results.check_texts("b")
     monkeypatch.setattr(sys, "argv", ["quality.py", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
@@ -270,7 +285,7 @@ def test_results_of_other_settings_are_refused(
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"header": {}, "runs": []})])
 def test_a_file_that_is_no_result_is_refused(quality: ModuleType, settings: Any, tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(quality.QualityError, match=r"no results\.json of this command"):
+    with pytest.raises(quality.StudyError, match=r"no results\.json of this command"):
         quality.Results(tmp_path / "results.json", settings)
 
 
