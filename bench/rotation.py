@@ -15,13 +15,17 @@ CACHE_TURNS = 2
 
 @dataclass(frozen=True)
 class Entries:
-    """One weight of a slot and its part of the arena: what calls for single weights take, sliced ahead of timing."""
+    """One weight of a slot and its part of the arena: what calls for single weights take, sliced ahead of timing.
+
+    `by_eight_bytes` are int32 positions of 8-byte elements, where the entries are aligned runs of them, else empty.
+    """
 
     weight: torch.Tensor
     flat: torch.Tensor
     indices: torch.Tensor
     indices64: torch.Tensor
     values: torch.Tensor
+    by_eight_bytes: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,17 @@ def _make_slot(
     lora = [(small_random(n, rank), small_random(rank, m)) for n, m in (w.shape for w in weights)] if rank else []
     cuts = offsets.tolist()
     offsets, indices, indices64 = offsets.to(device), indices64.int().to(device), indices64.to(device)
+    unit = 8 // dtype.itemsize
+    runs = indices[::unit] // unit if granularity % unit == 0 else indices[:0]
     parts = [
-        Entries(weight, weight.view(-1), indices[begin:end], indices64[begin:end], values[begin:end])
+        Entries(
+            weight,
+            weight.view(-1),
+            indices[begin:end],
+            indices64[begin:end],
+            values[begin:end],
+            runs[begin // unit : end // unit],
+        )
         for weight, begin, end in zip(weights, cuts[:-1], cuts[1:], strict=True)
     ]
     return Slot(weights, offsets, indices, indices64, values, torch.zeros_like(values), lora, parts)
