@@ -235,3 +235,9 @@ def test_lemma_4_5() -> None:
     both = metrics.interference_of(*found)
     assert both.common == 96  # the diagonal
     assert 0.79 < 1 - sum(both.entries) / both.product_numel <= both.awor < 1
+
+
+def test_what_is_no_adapter_is_refused() -> None:
+    for wrong in (0, 3, None):
+        with pytest.raises(ValueError, match="must be an Adapter or the path of its file"):
+            shira.overlap(wrong, Adapter({}))  # type: ignore[arg-type]

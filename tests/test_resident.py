@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import itertools
 import math
+import pickle
 import random
 import signal
 import sys
@@ -14,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -400,7 +404,7 @@ def test_what_using_relies_on_is_not_switched_by_another_thread() -> None:
     with bank.using("x"):
         before = snapshot(model)
         for action in (lambda: bank.switch("y"), lambda: bank.switch(None), lambda: bank.using("y").__enter__()):
-            with pytest.raises(RuntimeError, match="another thread is inside using"):
+            with pytest.raises(RuntimeError, match="another thread or task is inside using"):
                 in_another_thread(action)
         assert same(snapshot(model), before)
         assert bank.active == "x"
@@ -881,7 +885,7 @@ def test_wrong_arguments_are_named() -> None:
     bank.add("x", adapter)
     with pytest.raises(ValueError, match="switch takes a name, strengths by name, or None, got 3"):
         bank.switch(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the strength of 'x' must be a finite number"):
+    with pytest.raises(ValueError, match="the strength of 'x' must be a finite float32 number"):
         bank.switch({"x": 10**400})
     with pytest.raises(ValueError, match="must be an Adapter or the path of its file, got 3"):
         bank.add("y", 3)  # type: ignore[arg-type]
@@ -1001,3 +1005,129 @@ def test_runs_that_cannot_be_read_as_eight_bytes_are_single_entries() -> None:
         bank.switch(name)
         assert model.get_parameter(name).view(-1).nonzero().view(-1).tolist() == indices.tolist()
         bank.switch(None)
+
+
+def test_two_banks_do_not_change_one_weight() -> None:
+    model, adapters = llama_like()
+    base = snapshot(model)
+    first, second = shira.ResidentAdapters(model), shira.ResidentAdapters(model)
+    for bank in (first, second):
+        bank.add("x", adapters["x"])
+    first.switch("x")
+    for refused in (lambda: second.switch("x"), lambda: second.add("y", adapters["y"])):
+        with pytest.raises(RuntimeError, match="ResidentAdapters is changing this weight"):
+            refused()
+    first.switch(None)
+    second.switch("x")
+    second.switch(None)
+    assert same(snapshot(model), base)
+
+
+def test_a_forgotten_bank_keeps_the_base() -> None:
+    model, adapters = llama_like()
+    base = snapshot(model)
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", adapters["x"])
+    bank.switch("x")
+    bank = shira.ResidentAdapters(model)
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"ResidentAdapters is changing this weight; .*switch\(None\), first"):
+        bank.add("x", adapters["x"])
+    with pytest.raises(TypeError, match="switch\\(None\\) first"):
+        pickle.dumps(model)
+    model.get_parameter("0.weight")._shira_owner.switch(None)
+    assert same(snapshot(model), base)
+    bank.add("x", adapters["x"])
+
+
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_weights_that_moved_are_written_where_they_are(granularity: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    base = snapshot(model)
+    handle = shira.attach(model, shira.ShiraConfig("all-linear", k=16, granularity=granularity))
+    with torch.no_grad():
+        for values in handle.parameters():
+            values.normal_()
+    adapter = handle.adapter()
+    handle.detach()
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", adapter)
+    bank.switch("x")
+    tuned = snapshot(model)
+    model.double().float()
+    bank.switch(None)
+    assert same(snapshot(model), base)
+    model.double().float()
+    bank.switch("x")
+    assert same(snapshot(model), tuned)
+
+
+def test_a_replaced_parameter_is_noticed() -> None:
+    model, adapters = llama_like()
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", adapters["x"])
+    bank.switch("x")
+    before = snapshot(model)
+    replaced = model[1].weight
+    model[1].weight = nn.Parameter(replaced.detach().clone())
+    for target in (None, "x", {"x": 0.5}):
+        with pytest.raises(RuntimeError, match="the weight of a Linear was replaced"):
+            bank.switch(target)
+    assert same(snapshot(model), before)
+    model[1].weight = replaced
+    bank.switch(None)
+
+
+def test_what_using_relies_on_is_not_switched_by_another_task() -> None:
+    model, adapters = llama_like()
+    base = snapshot(model)
+    bank = shira.ResidentAdapters(model)
+    for name, adapter in adapters.items():
+        bank.add(name, adapter)
+
+    async def serve(name: str, seconds: float) -> object:
+        with bank.using(name):
+            await asyncio.sleep(seconds)
+            return bank.active
+
+    async def both() -> list[object]:
+        return await asyncio.gather(serve("x", 0.02), serve("y", 0.0), return_exceptions=True)
+
+    served, refused = asyncio.run(both())
+    assert served == "x"
+    assert isinstance(refused, RuntimeError)
+    assert bank.active is None
+    assert same(snapshot(model), base)
+
+
+def test_strengths_are_float32_numbers_of_any_type() -> None:
+    model, adapters = llama_like()
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", adapters["x"])
+    bank.switch({"x": np.float32(0.5)})
+    half = snapshot(model)
+    bank.switch({"x": 0.5})
+    assert same(snapshot(model), half)
+    for strength in (1e39, -1e39, np.float64("nan"), None):
+        with pytest.raises(ValueError, match="finite float32 number"):
+            bank.switch({"x": strength})
+
+
+def test_an_interrupt_of_using_gives_back_what_was_active() -> None:
+    model, adapters = llama_like()
+    bank = shira.ResidentAdapters(model)
+    for name, adapter in adapters.items():
+        bank.add(name, adapter)
+    bank.switch("x")
+    before = snapshot(model)
+    for when in ("before", "after"):
+        with each_write(interrupting(0, when)), pytest.raises(KeyboardInterrupt), bank.using("y"):
+            raise AssertionError("the block is not entered")
+        with each_write(interrupting(1, when)), pytest.raises(KeyboardInterrupt), bank.using("y"):
+            pass
+        if bank.active != "x":  # the way back was interrupted, but nothing is half done
+            bank.switch("x")
+        assert same(snapshot(model), before)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: bank.switch("x")).result()  # nobody is inside any more

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
@@ -35,9 +34,9 @@ class Arena:
     indices: torch.Tensor
     unit: int = 1  # neighbouring elements that an index stands for; offsets count indices
 
-    @cached_property
+    @property
     def targets(self) -> list[torch.Tensor]:
-        """The weights as ops write them."""
+        """The weights as ops write them: views of where they are now."""
         return [self.in_units(weight.detach().view(-1)) for weight in self.weights] if self.unit > 1 else self.weights
 
     def in_units(self, entries: torch.Tensor) -> torch.Tensor:

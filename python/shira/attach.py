@@ -229,16 +229,17 @@ def attach_with(
     return handle
 
 
-def check_claim(name: str, weight: torch.Tensor, owner: str) -> None:
-    """Raises RuntimeError if another than `owner` ("attach" or "ResidentAdapters") changes the weight now: with both at
-    once neither could give the base back."""
+def check_claim(name: str, weight: torch.Tensor, owner: object) -> None:
+    """Raises RuntimeError if another than `owner` ("attach", or a bank) changes the weight now: with both at once
+    neither could give the base back."""
     held = getattr(weight, "_shira_owner", owner)
     if held != owner:
-        raise RuntimeError(f"{name}: {held} is changing this weight; detach, or switch(None), first")
+        who = held if isinstance(held, str) else type(held).__name__
+        raise RuntimeError(f"{name}: {who} is changing this weight; detach, or switch(None), first")
 
 
-def claim(weight: torch.Tensor, owner: str | None) -> None:
-    """Notes who changes a weight; None for nobody any more."""
+def claim(weight: torch.Tensor, owner: object) -> None:
+    """Notes who changes a weight, and keeps it, for it has the base; None for nobody any more."""
     if owner is not None:
         weight._shira_owner = owner  # type: ignore[attr-defined]
     elif hasattr(weight, "_shira_owner"):

@@ -208,6 +208,8 @@ def energy_of(tensor: AdapterTensor | None) -> float:
 
 
 def _loaded(source: Source) -> Adapter:
+    if not isinstance(source, (Adapter, str, os.PathLike)):
+        raise ValueError(f"an adapter must be an Adapter or the path of its file, got {source!r}")
     return source if isinstance(source, Adapter) else Adapter.load(source)
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
+import numbers
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -22,7 +23,6 @@ from shira.arena import Arena, Kept, Key, Piece, Pieces, Plan, Share, Write, Wri
 from shira.attach import check_base, check_claim, check_fits, claim
 from shira.names import first_names, resolve
 
-_OWNER = "ResidentAdapters"
 # Signals whose handlers commonly raise; SIGINT is held first and let through last.
 _INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
 
@@ -34,7 +34,8 @@ class BankStats:
     Attributes:
         adapter_bytes: of each adapter's indices and values.
         saved_bytes: of the base's entries that the active target replaces.
-        plan_bytes: of the merged entries of the active and the staged mix, beside their adapters.
+        plan_bytes: of the merged entries of the active and the staged mix, and of positions that the active adapter
+            needs beside its own, since it has aligned runs and is not active at strength 1.
         switches: how many there were; `using` makes two.
         last_switch_us: duration of the last one in us, on a GPU until all was launched; None before the first.
     """
@@ -54,8 +55,9 @@ class ResidentAdapters:
     whole or not at all: after an error or an interrupt the weights are as before it. The model's parameters, their
     dtypes and devices must stay those that were there when an adapter was added.
 
-    Several threads may call a bank; their calls wait for each other. While one is inside `using`, switches of others
-    are refused. The bank does not know when the model runs: a forward during a switch may see part of it.
+    Several threads may call a bank; their calls wait for each other. While a thread or an asyncio task is inside
+    `using`, switches of others are refused. The bank does not know when the model runs: a forward during a switch may
+    see part of it. Nor does it know who else writes the weights: load or train them after `switch(None)`.
 
     A tied weight (one parameter under several names) is one tensor, under any of its names. A parameter that shares
     memory with another one, without being the same, is refused.
@@ -74,9 +76,13 @@ class ResidentAdapters:
         self._staged: dict[str, Pieces] = {}  # adapters held on the host, brought to the device ahead
         self._staged_plan: Plan | None = None
         self._stream: torch.cuda.Stream | None = None  # that brings them
-        self._users: list[tuple[int, dict[str, float]]] = []  # of open `using` blocks: the thread, and what comes back
+        self._users: list[_User] = []  # of open `using` blocks
+        self._homes: dict[torch.Tensor, tuple[nn.Module, str]] = {}  # the module of each weight, and what it calls it
         self._switches = 0
         self._last_switch_us: float | None = None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a bank cannot be copied or pickled; nor can weights that it is changing: switch(None) first")
 
     @property
     def names(self) -> list[str]:
@@ -105,7 +111,8 @@ class ResidentAdapters:
                     for name, pieces in self._residents.items()
                 },
                 saved_bytes=sum(written.saved.nbytes for written in self._written.values()),
-                plan_bytes=sum(plan.nbytes for plan in (self._plan, self._staged_plan) if plan is not None),
+                plan_bytes=sum(plan.nbytes for plan in (self._plan, self._staged_plan) if plan is not None)
+                + self._further_index_bytes(),
                 switches=self._switches,
                 last_switch_us=self._last_switch_us,
             )
@@ -157,7 +164,7 @@ class ResidentAdapters:
         """Forgets an adapter. Raises ValueError if there is none of that name, or it is active or `using` needs it."""
         with self._lock:
             self._check_names([name])
-            if name in (self._active or {}) or any(name in before for _, before in self._users):
+            if name in (self._active or {}) or any(name in user.before for user in self._users):
                 raise ValueError(f"{name!r} is in use: switch to something else first")
             del self._residents[name]
             self._staged.pop(name, None)
@@ -185,7 +192,8 @@ class ResidentAdapters:
 
         Raises:
             ValueError: a name is unknown or a strength not finite.
-            RuntimeError: entries of a weight are attached for training, or another thread is inside `using`.
+            RuntimeError: entries of a weight are attached for training, or written by another bank; another thread or
+                task is inside `using`; a parameter of the model was replaced by another one.
 
         After any error, and after an interrupt, the weights hold what they held before; if even that cannot be
         written, the base.
@@ -193,8 +201,7 @@ class ResidentAdapters:
         wanted = self._normalized(target)
         began = time.perf_counter_ns()
         with self._lock:
-            if any(thread != threading.get_ident() for thread, _ in self._users):
-                raise RuntimeError("switch: another thread is inside using(), which relies on what is active")
+            self._check_users()
             self._switch(wanted)
             self._switches += 1
             self._last_switch_us = (time.perf_counter_ns() - began) / 1e3
@@ -203,16 +210,19 @@ class ResidentAdapters:
     def using(self, target: str | Mapping[str, float] | None) -> Iterator[None]:
         """Switches for the length of a `with` block, then back to what was active before."""
         with self._lock:
-            before = dict(self._active or {})
-            self.switch(target)
-            user = (threading.get_ident(), before)
-            self._users.append(user)
+            self._check_users()
+            user = _User(_caller(), dict(self._active or {}))
         try:
+            with self._lock:
+                self._users.append(user)
+                self.switch(target)
             yield
         finally:
-            with self._lock:
-                self._users.remove(user)
-                self.switch(before or None)
+            with self._lock, _interrupts_held():
+                if user in self._users:
+                    self._users.remove(user)
+                if self._active != user.before:
+                    self.switch(user.before or None)
 
     @torch.no_grad()
     def verify_base(self) -> None:
@@ -233,6 +243,27 @@ class ResidentAdapters:
                                 f"{name}: {tensor_name}: the base entries changed since the adapter was added"
                             )
 
+    def _check_users(self) -> None:
+        if any(user.caller != _caller() for user in self._users):
+            raise RuntimeError("another thread or task is inside using(), which relies on what is active")
+
+    def _check_weights(self, weights: Iterable[torch.Tensor]) -> None:
+        """They still are the model's parameters, and nobody else is changing them."""
+        for weight in weights:
+            module, attribute = self._homes[weight]
+            if module._parameters.get(attribute) is not weight:
+                raise RuntimeError(
+                    f"the {attribute} of a {type(module).__name__} was replaced since an adapter was added"
+                )
+            check_claim("switch", weight, self)
+
+    def _further_index_bytes(self) -> int:
+        pieces = (piece for pieces in self._residents.values() for piece in itertools.chain(*pieces.values()))
+        own = {id(piece.arena.indices) for piece in pieces}
+        own.update(id(merged.indices) for merged in (self._plan.arenas if self._plan else {}).values())
+        found = [written.arena.indices for written in self._written.values()]
+        return sum(indices.nbytes for indices in found if id(indices) not in own)
+
     def _check_names(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._residents:
@@ -249,8 +280,9 @@ class ResidentAdapters:
             raise ValueError("a mix must name at least one adapter; the base is None")
         self._check_names(strengths)
         for name, strength in strengths.items():
-            if not isinstance(strength, (int, float)) or not -sys.float_info.max <= strength <= sys.float_info.max:
-                raise ValueError(f"the strength of {name!r} must be a finite number, got {strength!r}")
+            largest = torch.finfo(torch.float32).max
+            if not isinstance(strength, numbers.Real) or not -largest <= strength <= largest:
+                raise ValueError(f"the strength of {name!r} must be a finite float32 number, got {strength!r}")
         return {name: float(strength) for name, strength in strengths.items()}
 
     def _prepare(self, adapter: Adapter, force: bool, on_host: bool) -> Pieces:
@@ -262,6 +294,7 @@ class ResidentAdapters:
         for name, tensor in adapter.items():
             weight = resolve(self._model, name)
             check_fits(name, tensor, weight)
+            check_claim(name, weight, self)
             if weight in names:
                 raise ValueError(f"{name}: the adapter names the tensor {first[weight]!r} twice")
             names[weight] = name
@@ -279,6 +312,10 @@ class ResidentAdapters:
             kind = ((weight.dtype, weight.device), tensor.kind == "add", tensor.values.dtype)
             alike.setdefault(kind, []).append(weight)
 
+        for module in self._model.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter in names:
+                    self._homes.setdefault(parameter, (module, attribute))
         pieces: Pieces = {}
         for (key, additive, _), weights in alike.items():
             tensors = [adapter[names[weight]] for weight in weights]
@@ -315,10 +352,12 @@ class ResidentAdapters:
     @contextlib.contextmanager
     def _side_stream(self) -> Iterator[None]:
         """Where the model is on a GPU, work on a stream of the bank's own."""
-        if not any(key[1].type == "cuda" for pieces in self._residents.values() for key in pieces):
+        devices = {key[1] for pieces in self._residents.values() for key in pieces if key[1].type == "cuda"}
+        if not devices:
             yield
             return
-        self._stream = self._stream or torch.cuda.Stream()
+        self._stream = self._stream or torch.cuda.Stream(min(devices, key=str))
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # adapters may still be on their way
         with torch.cuda.stream(self._stream):
             yield
 
@@ -326,7 +365,7 @@ class ResidentAdapters:
         """Lets the current stream wait for what was staged, and the allocator know that it uses it."""
         if self._stream is None:
             return
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._stream.device)
         current.wait_stream(self._stream)
         staged = [piece for pieces in self._staged.values() for piece in itertools.chain(*pieces.values())]
         tensors = [tensor for piece in staged for tensor in (piece.arena.indices, piece.values)]
@@ -374,18 +413,18 @@ class ResidentAdapters:
     def _switch(self, wanted: dict[str, float]) -> None:
         self._await_staged()
         writes, plan = self._writes(wanted)
-        for write in writes.values():
-            for weight in write.arena.weights:
-                check_claim("switch", weight, _OWNER)
+        for arenas in (self._written, writes):
+            for group in arenas.values():
+                self._check_weights(group.arena.weights)
         before = self._active, self._plan
-        try:
-            with _interrupts_held():
+        with _interrupts_held() as let_through:
+            try:
                 self._write(writes)
+                let_through()
                 self._active, self._plan = wanted, plan
-        except BaseException:
-            with _interrupts_held():
+            except BaseException:
                 self._put_back(*before)
-            raise
+                raise
         self._staged, self._staged_plan = {}, None
 
     def _put_back(self, before: dict[str, float] | None, plan: Plan | None) -> None:
@@ -414,7 +453,7 @@ class ResidentAdapters:
                     claim(weight, None)
             if new is not None:
                 for weight in new.arena.weights:
-                    claim(weight, _OWNER)
+                    claim(weight, self)
 
     def _kept(self) -> Kept:
         """The entries of the base that the weights do not hold now."""
@@ -425,30 +464,55 @@ class ResidentAdapters:
         return kept
 
 
+@dataclass(frozen=True, eq=False)
+class _User:
+    """An open `using` block: who opened it, and what comes back at its end."""
+
+    caller: tuple[int, int]
+    before: dict[str, float]
+
+
+def _caller() -> tuple[int, int]:
+    """The thread and the asyncio task that run this."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop
+        task = None
+    return threading.get_ident(), id(task)
+
+
 def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.Tensor]) -> None:
     """No weight to be changed shares memory with another parameter, whose base would change with it."""
     reach, reaching = 0, None
     for weight in sorted((w for w in first if w.numel() and not w.is_meta), key=torch.Tensor.data_ptr):
         if reaching is not None and weight.data_ptr() < reach and (weight in changed or reaching in changed):
             raise ValueError(f"{first[weight]}: shares memory with {first[reaching]!r}, but is not the same parameter")
-        if weight.data_ptr() + weight.nbytes > reach:
-            reach, reaching = weight.data_ptr() + weight.nbytes, weight
+        last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+        end = weight.data_ptr() + (last + 1) * weight.element_size()
+        if end > reach:
+            reach, reaching = end, weight
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Python's handlers of signals, which may raise between any two lines, wait until the block is left."""
+def _interrupts_held() -> Iterator[Callable[[], None]]:
+    """Python's handlers of signals, which may raise between any two lines, wait until the block is left, or until the
+    function that it gives is called."""
     held: list[tuple[int, Any]] = []
     handlers: dict[int, Any] = {}
+
+    def let_through() -> None:
+        while held:
+            number, frame = held.pop(0)
+            handlers[number](number, frame)
+
     try:
         if threading.current_thread() is threading.main_thread():  # no other runs handlers
             for number in _INTERRUPTS:
                 if callable(handler := signal.getsignal(number)):
                     handlers[number] = handler
                     signal.signal(number, lambda *caught: held.append(caught))
-        yield
+        yield let_through
     finally:
         for number in reversed(handlers):
             signal.signal(number, handlers[number])
-        for caught in held:
-            handlers[caught[0]](*caught)
+        let_through()
