@@ -413,9 +413,10 @@ class ResidentAdapters:
     def _switch(self, wanted: dict[str, float]) -> None:
         self._await_staged()
         writes, plan = self._writes(wanted)
-        for arenas in (self._written, writes):
-            for group in arenas.values():
-                self._check_weights(group.arena.weights)
+        groups: list[tuple[Key, Written | Write]] = [*self._written.items(), *writes.items()]
+        arenas = {(key, group.arena.ranks): group.arena for key, group in groups}  # most often one
+        for entries in arenas.values():
+            self._check_weights(entries.weights)
         before = self._active, self._plan
         with _interrupts_held() as let_through:
             try:
@@ -448,11 +449,10 @@ class ResidentAdapters:
             elif old is not None:
                 old.take_out()
                 del self._written[key]
-            if old is not None and (new is None or new.arena.ranks != old.arena.ranks):
-                for weight in old.arena.weights:
+            if old is None or new is None or new.arena.ranks != old.arena.ranks:
+                for weight in old.arena.weights if old is not None else ():
                     claim(weight, None)
-            if new is not None:
-                for weight in new.arena.weights:
+                for weight in new.arena.weights if new is not None else ():
                     claim(weight, self)
 
     def _kept(self) -> Kept:
