@@ -176,8 +176,8 @@ class ResidentAdapters:
         """Prepares a switch to `target`, off the critical path: merges the entries of a mix, and brings adapters that
         are held on the host to the model's device, on a stream of its own. Kept until the next switch or `stage`; None
         drops it. Raises what `switch` raises for a wrong target."""
-        wanted = self._normalized(target)
         with self._lock, self._side_stream():
+            wanted = self._normalized(target)
             self._staged = {name: self._on_device(name) for name in wanted}
             self._staged_plan = self._plan_for(wanted) if self._is_mix(wanted) else None
 
@@ -198,9 +198,9 @@ class ResidentAdapters:
         After any error, and after an interrupt, the weights hold what they held before; if even that cannot be
         written, the base.
         """
-        wanted = self._normalized(target)
         began = time.perf_counter_ns()
         with self._lock:
+            wanted = self._normalized(target)
             self._check_users()
             self._switch(wanted)
             self._switches += 1
