@@ -989,6 +989,23 @@ def test_runs_are_listed_by_eight_bytes_and_mean_the_same(dtype: torch.dtype, mo
         assert same(snapshot(model), base)
 
 
+def test_autograd_notices_a_switch_of_runs() -> None:
+    model = nn.Linear(16, 8, bias=False)
+    part = shira.AdapterTensor(torch.arange(8, 24), torch.ones(16), (8, 16), torch.float32)
+    bank = shira.ResidentAdapters(model)
+    bank.add("runs", shira.Adapter({"weight": part}), force=True)
+    bank.add(
+        "nothing",
+        shira.Adapter({"weight": changed(part, indices=part.indices[:0], values=part.values[:0])}),
+        force=True,
+    )
+    for target in ("runs", "nothing", None):
+        output = model(torch.randn(2, 16, requires_grad=True))
+        bank.switch(target)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
 def test_runs_that_cannot_be_read_as_eight_bytes_are_single_entries() -> None:
     room = torch.zeros(100, dtype=torch.bfloat16)
     model = nn.Module()
