@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+COLUMN_DTYPES = (torch.int32, torch.uint16)
 ARITHMETIC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Named = Iterable[tuple[str, torch.Tensor]]
 
@@ -81,6 +82,36 @@ def check_offset_contents(op: str, offsets: torch.Tensor, nnz: int, argument: st
 
 def _shorten(numbers: list[int]) -> str:
     return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"
+
+
+def check_csr(op: str, row_ptr: torch.Tensor, col: torch.Tensor, rows: int, like: torch.Tensor, what: str) -> None:
+    """The form of the entries of a matrix of so many rows; `what` says in errors whose rows these are."""
+    if row_ptr.dtype not in INDEX_DTYPES:
+        fail(op, "row_ptr", f"must be int32 or int64, got {row_ptr.dtype}")
+    if col.dtype not in COLUMN_DTYPES:
+        fail(op, "col", f"must be int32 or uint16, got {col.dtype}")
+    check_vector(op, "row_ptr", row_ptr, like)
+    check_vector(op, "col", col, like)
+    if row_ptr.shape[0] != rows + 1:
+        fail(op, "row_ptr", f"must have one entry more than {what} ({rows + 1}), got {row_ptr.shape[0]}")
+
+
+def check_csr_contents(op: str, row_ptr: torch.Tensor, col: torch.Tensor, width: int) -> None:
+    """row_ptr rises from 0 to nnz; columns are sorted and unique in each row, and lie in [0, width). Reads the data, so
+    it waits for a GPU."""
+    borders, nnz = row_ptr.long(), col.shape[0]
+    first, last = int(borders[0]), int(borders[-1])
+    if first != 0 or last != nnz or bool((borders.diff() < 0).any()):
+        fail(op, "row_ptr", f"must rise from 0 to the number of entries ({nnz}), got from {first} to {last}")
+    columns = col.to(torch.int32)
+    rises = columns.diff() > 0
+    inner = borders[1:-1]
+    rises[inner[(inner > 0) & (inner < nnz)] - 1] = True  # a new row may begin anywhere
+    if not bool(rises.all()):
+        fail(op, "col", "must be sorted and unique within each row")
+    if nnz and (int(columns.min()) < 0 or int(columns.max()) >= width):
+        wrong = int(columns.min()) if int(columns.min()) < 0 else int(columns.max())
+        fail(op, "col", f"must lie in [0, {width}), got {wrong}")
 
 
 def check_overlap(op: str, written: Named, read: Named) -> None:

@@ -15,7 +15,6 @@ from shira_kernels.ops._library import define
 from shira_kernels.reference import masked_grad as reference
 
 OP = "masked_grad"
-COLUMN_DTYPES = (torch.int32, torch.uint16)
 
 
 def fake(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
@@ -34,19 +33,7 @@ def fake(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col:
             _checks.fail(OP, argument, f"must be a strided tensor, got {tensor.layout}")
     if grad_output.device != x.device:
         _checks.fail(OP, "grad_output", f"must be on {x.device} like x, got {grad_output.device}")
-    if row_ptr.dtype not in _checks.INDEX_DTYPES:
-        _checks.fail(OP, "row_ptr", f"must be int32 or int64, got {row_ptr.dtype}")
-    if col.dtype not in COLUMN_DTYPES:
-        _checks.fail(OP, "col", f"must be int32 or uint16, got {col.dtype}")
-    _checks.check_vector(OP, "row_ptr", row_ptr, x)
-    _checks.check_vector(OP, "col", col, x)
-    if row_ptr.shape[0] != grad_output.shape[-1] + 1:
-        _checks.fail(
-            OP,
-            "row_ptr",
-            f"must have one entry more than grad_output has columns ({grad_output.shape[-1] + 1}), "
-            f"got {row_ptr.shape[0]}",
-        )
+    _checks.check_csr(OP, row_ptr, col, grad_output.shape[-1], x, "grad_output has columns")
     return x.new_empty(col.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -57,21 +44,7 @@ def check(
     fake(grad_output, x, row_ptr, col)
     _checks.check_autograd(OP, [], [("grad_output", grad_output), ("x", x)])
     if contents:
-        borders, nnz, width = row_ptr.long(), col.shape[0], x.shape[-1]
-        first, last = int(borders[0]), int(borders[-1])
-        if first != 0 or last != nnz or bool((borders.diff() < 0).any()):
-            _checks.fail(
-                OP, "row_ptr", f"must rise from 0 to the number of entries ({nnz}), got from {first} to {last}"
-            )
-        columns = col.to(torch.int32)
-        rises = columns.diff() > 0
-        inner = borders[1:-1]
-        rises[inner[(inner > 0) & (inner < nnz)] - 1] = True  # a new row may begin anywhere
-        if not bool(rises.all()):
-            _checks.fail(OP, "col", "must be sorted and unique within each row")
-        if nnz and (int(columns.min()) < 0 or int(columns.max()) >= width):
-            wrong = int(columns.min()) if int(columns.min()) < 0 else int(columns.max())
-            _checks.fail(OP, "col", f"must lie in [0, {width}), got {wrong}")
+        _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1])
     return []
 
 

@@ -1,0 +1,90 @@
+"""sparse_delta_mm: a linear layer's input times the transpose of a sparse delta of its weight.
+
+    result[t, r] = sum over entries e of row r of x[t, col[e]] * values[e],   row_ptr[r] <= e < row_ptr[r + 1]
+
+The delta is a weight [out, in] in CSR form; `x @ weight.T + result` is the layer with the delta added to its weight.
+Sums are in float32 (float64 for float64 operands) and rounded once to the dtype of x.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from shira_kernels.ops import _checks
+from shira_kernels.ops._library import define
+from shira_kernels.reference import sparse_delta_mm as reference
+
+OP = "sparse_delta_mm"
+
+
+def check_operands(op: str, x: torch.Tensor, col: torch.Tensor, values: torch.Tensor) -> None:
+    """What ops of this family share, without data: x, and values beside col."""
+    if x.dtype not in _checks.ARITHMETIC_DTYPES:
+        _checks.fail(op, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() == 0:
+        _checks.fail(op, "x", "must have at least one dimension, [..., in]")
+    if x.layout != torch.strided:
+        _checks.fail(op, "x", f"must be a strided tensor, got {x.layout}")
+    if values.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+        _checks.fail(op, "values", f"must be {x.dtype} like x, or float32 beside fewer bits, got {values.dtype}")
+    if values.device != x.device:
+        _checks.fail(op, "values", f"must be on {x.device} like the others, got {values.device}")
+    if values.shape != col.shape:
+        _checks.fail(op, "values", f"must have the shape of col {tuple(col.shape)}, got {tuple(values.shape)}")
+    if not values.is_contiguous():
+        _checks.fail(op, "values", "must be contiguous")
+
+
+def fake(
+    x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
+) -> torch.Tensor:
+    check_operands(OP, x, col, values)
+    _checks.check_csr(OP, row_ptr, col, out_features, x, "out_features")
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def check(
+    x: torch.Tensor,
+    row_ptr: torch.Tensor,
+    col: torch.Tensor,
+    values: torch.Tensor,
+    out_features: int,
+    *,
+    contents: bool = True,
+) -> list[torch.Tensor]:
+    """All that a kernel may rely on. Without `contents` the values of row_ptr and col stay unread."""
+    fake(x, row_ptr, col, values, out_features)
+    if contents:
+        _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1])
+    return []
+
+
+default = define(
+    f"{OP}(Tensor x, Tensor row_ptr, Tensor col, Tensor values, SymInt out_features) -> Tensor",
+    fake=fake,
+    check=check,
+    reference=reference.sparse_delta_mm,
+)
+
+
+def sparse_delta_mm(
+    x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
+) -> torch.Tensor:
+    """`x` times the transpose of a sparse delta: the same as `torch.ops.shira.sparse_delta_mm`.
+
+    Args:
+        x: [..., in], a linear layer's input; float64, float32, bfloat16 or float16.
+        row_ptr: [out + 1] int32 or int64: the entries of row r are those from row_ptr[r] to row_ptr[r + 1].
+        col: [nnz] int32 or uint16, the column of each entry, sorted and unique within a row.
+        values: [nnz], the entries of the delta in the dtype of x; beside bfloat16 and float16 also float32.
+        out_features: rows of the delta.
+
+    Returns:
+        [..., out] in the dtype of x: what the delta adds to the layer's output.
+
+    Raises:
+        RuntimeError: naming the argument: wrong dtype, shape or device; on the CPU, and on a GPU in checked mode, also
+            a row_ptr that does not rise from 0 to nnz and columns that are unsorted, repeated or outside. A GPU kernel
+            otherwise reads nothing outside its operands.
+    """
+    return torch.ops.shira.sparse_delta_mm(x, row_ptr, col, values, out_features)
