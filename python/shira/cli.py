@@ -64,6 +64,104 @@ def report(
         raise CommandError(str(error)) from None
 
 
+@app.command()
+def train(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face model with its tokenizer.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A text file, or JSON lines (.jsonl).")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="For the adapter and its curve.")
+    ] = Path("shira-train"),
+    mask: Annotated[str, typer.Option(help="Which entries: wm, rand, struct, grad, snip or small.")] = "wm",
+    density: Annotated[float, typer.Option(help="Share of each weight's entries that is trained.")] = 0.01,
+    target_modules: Annotated[
+        str, typer.Option(metavar="NAMES", help="Names of layers, with commas between; or all-linear.")
+    ] = "all-linear",
+    epochs: Annotated[float, typer.Option(help="How often each example is seen.")] = 3.0,
+    max_steps: Annotated[int, typer.Option(min=0, help="Stop after so many steps; 0: no bound.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 8,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="At its highest; it then falls to 0.")
+    ] = 2e-3,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 256,
+    held_out: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of examples that are only scored.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="For the split, the order, and masks that draw.")] = 0,
+    task: Annotated[
+        str | None, typer.Option(help="causal-lm or classification; else what the model's architecture says.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Train an adapter for a Hugging Face causal language model or sequence classifier.
+
+    DATA is a text file, or JSON lines: {"text": ...}, {"prompt": ..., "completion": ...} (only the completion is
+    learned), or {"text": ..., "label": ...} for a classifier.
+
+    Examples:
+
+        shira train ./llama notes.txt -o notes
+
+        shira train ./classifier reviews.jsonl --mask snip --density 0.02 --epochs 5 -o reviews
+    """
+    for package in ("transformers", "accelerate", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise CommandError(f"training needs {package}: pip install shira-kernels[train]")
+    from shira import finetune
+    from shira.config import ALL_LINEAR, ShiraConfig
+
+    names = target_modules if target_modules == ALL_LINEAR else [name.strip() for name in target_modules.split(",")]
+    try:
+        finetune.run_training(
+            model,
+            data,
+            output=output,
+            config=ShiraConfig(names, mask=mask, density=density, seed=seed),
+            recipe=finetune.Recipe(
+                epochs=epochs,
+                max_steps=max_steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                max_length=max_length,
+                held_out=held_out,
+                seed=seed,
+            ),
+            task=task,
+            json_file=json,
+            force=force,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from None
+
+
+@app.command()
+def bench(
+    adapters: Annotated[
+        list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter files; none: two random adapters.")
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE_OR_DIR", help="What they were trained on: a safetensors file or a folder of them."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure.")] = 2.0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
+) -> None:
+    """Measure how long switching takes on this machine, in turn with index_copy_ and with LoRA of equal size.
+
+    Examples:
+
+        shira bench
+
+        shira bench blue.safetensors paint.safetensors --base ./model --threads 4
+    """
+    from shira import latency
+
+    try:
+        latency.run_bench(adapters or [], base=base, device=device, threads=threads, seconds=seconds, json_file=json)
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from None
+
+
 def main() -> None:
     """The console script: bad input ends with exit code 2 and one line on stderr."""
     try:

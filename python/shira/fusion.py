@@ -70,7 +70,7 @@ def fuse(
     loaded = [_loaded(position, pair) for position, pair in enumerate(adapters)]
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
-    with _opened(base) as find:
+    with opened(base) as find:
         by_name: dict[str, list[tuple[str, AdapterTensor, _Read | None, float]]] = {}
         for position, (_, adapter, strength) in enumerate(loaded):
             for name, (label, tensor, read) in _parts(adapter, find).items():
@@ -150,7 +150,7 @@ def deltas(adapter: Adapter, base: Base | None, *, force: bool = False) -> dict[
     Warns:
         UserWarning: a part has no checksum, so that it cannot be told whether it was made for this base.
     """
-    with _opened(base) as find:
+    with opened(base) as find:
         return {
             name: (tensor.indices, _delta(label, tensor, read and read(), force))
             for name, (label, tensor, read) in _parts(adapter, find).items()
@@ -189,7 +189,7 @@ def entries_of(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _opened(base: Base | None) -> Iterator[_Find]:
+def opened(base: Base | None) -> Iterator[_Find]:
     """Gives a function from a tensor's name to its canonical one (in a model that of its first use) and how to read it:
     one tensor at a time, for a file may hold more than memory."""
     if base is None:

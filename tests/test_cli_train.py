@@ -1,0 +1,239 @@
+"""`shira train`, as at a terminal: adapter, numbers and picture; what is refused leaves no file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shira
+from shira import cli
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from shira import finetune  # noqa: E402 - needs what may be missing
+
+WORDS = [f"w{i}" for i in range(24)]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["shira", "train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models llama and bert, and their data."""
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": len(WORDS) + 2, "max_position_embeddings": 64}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=1, **sizes))
+    bert = transformers.BertForSequenceClassification(
+        transformers.BertConfig(id2label={0: "low", 1: "high"}, label2id={"low": 0, "high": 1}, **sizes)
+    )
+    for name, model in (("llama", llama.to(torch.bfloat16)), ("bert", bert)):
+        model.save_pretrained(folder / name)
+        save_tokenizer(folder / name)
+    (folder / "count.txt").write_text(" ".join(WORDS * 30))
+    pairs = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2}"} for i in range(20)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n\n")
+    # The first word tells; half of the labels are numbers.
+    texts = [(i % 2, f"{['w0', 'w1'][i % 2]} w{2 + i % 20}") for i in range(48)]
+    labels = [
+        {"text": text, "label": high if i < 24 else ["low", "high"][high]} for i, (high, text) in enumerate(texts)
+    ]
+    (folder / "labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    return folder
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_text_becomes_an_adapter_that_improves_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_in(folder)
+    arguments = (folder / "llama", folder / "count.txt", "--lr", 0.1, "--max-length", 24, "--density", 0.2)
+    for name in ("one", "two"):
+        assert run(monkeypatch, *arguments, "-o", tmp_path / name, "--json", tmp_path / f"{name}.json") == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"shira apply {folder / 'llama'} {tmp_path / 'one/adapter.safetensors'} -o" in shown.err
+    assert files_in(folder) == before, "the model's folder is only read"
+    assert (tmp_path / "one/training.png").read_bytes().startswith(b"\x89PNG")
+
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert json.loads((tmp_path / "one/training.json").read_text()) == one
+    assert one["losses"] == two["losses"], "the same seed gives the same bits"
+    adapters = [shira.Adapter.load(tmp_path / name / "adapter.safetensors") for name in ("one", "two")]
+    assert all(torch.equal(adapters[0][name].values, adapters[1][name].values) for name in adapters[0])
+    assert one["examples"] + one["held_out_examples"] == 30
+    assert one["held_out_examples"] == 3
+    assert len(one["losses"]) == 3 * -(-27 // 8)
+    assert one["task"] == "causal-lm"
+    assert one["entries"] == adapters[0].nnz
+    assert adapters[0].config.density == 0.2
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama", dtype="auto")
+    ids = torch.arange(2, 26)[None]
+    bank = shira.ResidentAdapters(model)
+    bank.add("one", adapters[0])
+    losses = []
+    for target in (None, "one"):
+        bank.switch(target)
+        losses.append(model(ids, labels=ids).loss.item())
+    assert losses[1] < losses[0] - 0.3
+    assert one["held_out_after"]["loss"] < one["held_out_before"]["loss"] - 0.3
+
+
+def test_only_completions_are_learned(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, tokenizer = finetune.load(folder / "llama", "causal-lm")
+    records = finetune.read_records(folder / "pairs.jsonl")
+    assert len(records) == 20
+    examples = list(finetune.encode(records, tokenizer, finetune.Recipe(), "causal-lm", None, folder))
+    assert examples[3] == {"input_ids": [5, 6, 7, 1], "attention_mask": [1] * 4, "labels": [-100, -100, 7, 1]}
+    out = tmp_path / "out"
+    assert (
+        run(monkeypatch, folder / "llama", folder / "pairs.jsonl", "-o", out, "--max-steps", 3, "--mask", "rand") == 0
+    )
+    assert len(json.loads((out / "training.json").read_text())["losses"]) == 3
+
+
+@pytest.mark.parametrize("mask", ["wm", "snip"])
+def test_a_classifier_learns_its_labels(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str
+) -> None:
+    options = ("--mask", mask, "--density", 0.2, "--lr", 0.03, "--epochs", 8, "--held-out", 0.25)
+    targets = ("--target-modules", "query, value,dense")
+    assert run(monkeypatch, folder / "bert", folder / "labels.jsonl", "-o", tmp_path / "out", *options, *targets) == 0
+    found = json.loads((tmp_path / "out/training.json").read_text())
+    assert found["task"] == "classification"
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["held_out_after"]["loss"] < found["held_out_before"]["loss"]
+    assert found["held_out_after"]["accuracy"] > 0.8
+    names = set(shira.Adapter.load(tmp_path / "out/adapter.safetensors"))
+    assert names
+    assert all(name.endswith(("query.weight", "value.weight", "dense.weight")) for name in names)
+
+
+def jsonl(*records: Any) -> bytes:
+    return "\n".join(record if isinstance(record, str) else json.dumps(record) for record in records).encode()
+
+
+TEXT = {"text": "w1 w2"}
+BAD_DATA = {
+    "not_json": ("llama", "x.jsonl", jsonl(TEXT, "{"), "line 2: not JSON"),
+    "no_text": ("llama", "x.jsonl", jsonl(TEXT, {"words": "w1"}), 'line 2: must be an object with "text"'),
+    "half_a_pair": ("llama", "x.jsonl", jsonl(TEXT, {"prompt": "w1"}), 'line 2: must be an object with "text"'),
+    "text_is_no_string": ("llama", "x.jsonl", jsonl(TEXT, {"text": 3}), "line 2: 'text' must be a string, got 3"),
+    "long_prompt": ("llama", "x.jsonl", jsonl(TEXT, {"prompt": "w1 " * 300, "completion": "w2"}), "line 2: the prompt"),
+    "one_example": ("llama", "x.jsonl", jsonl(TEXT), "has 1 example(s)"),
+    "empty": ("llama", "x.txt", b"", "has 0 example(s)"),
+    "not_text": ("llama", "x.txt", b"\xff\xfe\x00", "not UTF-8 text"),
+    "text_for_a_classifier": ("bert", "x.txt", b"w1 w2", 'JSON lines with "text" and "label"'),
+    "no_label": ("bert", "x.jsonl", jsonl(TEXT), "line 1: a classifier needs"),
+    "unknown_label": ("bert", "x.jsonl", jsonl({**TEXT, "label": "middle"}), "no class 'middle'; it has 2: high, low"),
+    "label_out_of_range": ("bert", "x.jsonl", jsonl({**TEXT, "label": 2}), "line 1: the model has no class 2"),
+}
+
+
+@pytest.mark.parametrize(("model", "name", "content", "message"), BAD_DATA.values(), ids=BAD_DATA.keys())
+def test_bad_data_is_refused_in_one_line(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    name: str,
+    content: bytes,
+    message: str,
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert run(monkeypatch, folder / model, tmp_path / name, "-o", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+BAD_OPTIONS = {
+    "mask": (("--mask", "best"), "mask must be one of"),
+    "density": (("--density", 2), "density must be a number above 0"),
+    "targets": (("--target-modules", "nowhere"), "'nowhere' matches no module"),
+    "task": (("--task", "translation"), "task must be one of causal-lm, classification"),
+    "other_task": (("--task", "classification"), "an adapter does not hold a new head"),
+    "batch_size": (("--batch-size", 0), "--batch-size"),
+    "json": (("--json", "/nowhere/x.json"), "there is no such folder"),
+    "diverges": (("--lr", 1e38, "--density", 1, "--max-steps", 4), "the loss is not finite"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_bad_options_are_refused_in_one_line(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[object, ...],
+    message: str,
+) -> None:
+    assert run(monkeypatch, folder / "llama", folder / "count.txt", "-o", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((folder / "llama/config.json").read_text())
+    cases = {
+        tmp_path: "not a model folder: it has no config.json",
+        encoder: "its architecture is BertModel, neither a causal",
+        bare: "cannot be loaded",
+    }
+    for model, message in cases.items():
+        assert run(monkeypatch, model, folder / "count.txt", "-o", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_replaced_only_by_force(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "training.json").write_text("mine")
+    arguments = (folder / "llama", folder / "pairs.jsonl", "-o", tmp_path, "--max-steps", 1)
+    assert run(monkeypatch, *arguments) == 2
+    assert "training.json: there already; --force" in capsys.readouterr().err
+    assert (tmp_path / "training.json").read_text() == "mine"
+    assert run(monkeypatch, *arguments, "--force") == 0
+    assert json.loads((tmp_path / "training.json").read_text())["task"] == "causal-lm"
