@@ -17,14 +17,18 @@ from shira_kernels.reference import sparse_delta_mm as reference
 OP = "sparse_delta_mm"
 
 
-def check_operands(op: str, x: torch.Tensor, col: torch.Tensor, values: torch.Tensor) -> None:
-    """What ops of this family share, without data: x, and values beside col."""
+def check_input(op: str, x: torch.Tensor) -> None:
+    """The form of a layer's input."""
     if x.dtype not in _checks.ARITHMETIC_DTYPES:
         _checks.fail(op, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
         _checks.fail(op, "x", "must have at least one dimension, [..., in]")
     if x.layout != torch.strided:
         _checks.fail(op, "x", f"must be a strided tensor, got {x.layout}")
+
+
+def check_values(op: str, values: torch.Tensor, col: torch.Tensor, x: torch.Tensor) -> None:
+    """The form of values beside col, which was checked."""
     if values.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
         _checks.fail(op, "values", f"must be {x.dtype} like x, or float32 beside fewer bits, got {values.dtype}")
     if values.device != x.device:
@@ -38,8 +42,9 @@ def check_operands(op: str, x: torch.Tensor, col: torch.Tensor, values: torch.Te
 def fake(
     x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
 ) -> torch.Tensor:
-    check_operands(OP, x, col, values)
+    check_input(OP, x)
     _checks.check_csr(OP, row_ptr, col, out_features, x, "out_features")
+    check_values(OP, values, col, x)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
