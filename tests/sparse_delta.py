@@ -187,12 +187,14 @@ def run_batched(
     chosen = adapters or [(7 * t) % (len(masks) + 1) - 1 for t in range(count)]
     token_adapter = torch.tensor([SLOTS[i] if i >= 0 else -1 for i in chosen], dtype=torch.int32)
     finite, flat = x.clone().view(count, columns), x.view(count, columns)
-    for t, i in enumerate(chosen):
-        flat[t, ~masks[i].any(0) if i >= 0 else slice(None)] = float("nan")
+    # By index of masks; the last one is for -1.
+    unread = torch.stack([*(~mask.any(0) for mask in masks), torch.ones(columns, dtype=torch.bool)])
+    unwritten = torch.stack([*(~mask.any(1) for mask in masks), torch.ones(rows, dtype=torch.bool)])
+    flat[unread[chosen]] = float("nan")
     stored, lists = arena(masks, value_dtype or dtype, row_ptr_dtype, col_dtype, page_size)
     arguments = [tensor.to(backend.device) for tensor in (x, token_adapter, *stored)]
     before = [bits(tensor) for tensor in arguments]
-    kept = torch.stack([~masks[i].any(1) if i >= 0 else torch.ones(rows, dtype=torch.bool) for i in [-1, *chosen]])[1:]
+    kept = unwritten[chosen]
     old = numbers((count, rows), dtype, 3)
     if into:
         old[kept] = torch.tensor(KEPT, dtype=dtype)[torch.arange(int(kept.sum())) % 3]
@@ -211,7 +213,7 @@ def run_batched(
         assert not actual[kept].ne(0).any(), "a row without entries is 0"
     for i, (mask, values) in enumerate(zip(masks, lists, strict=True)):
         listed = torch.tensor(chosen).eq(i).nonzero().view(-1)
-        filled = mask.any(1)
+        filled = ~unwritten[i]
         base = old[listed][:, filled] if into else 0.0
         assert_sums(actual[listed][:, filled], finite[listed], dense(mask, values)[filled], base)
     assert all(torch.equal(bits(tensor), was) for tensor, was in zip(arguments, before, strict=True))
