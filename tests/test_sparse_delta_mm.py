@@ -193,6 +193,94 @@ def test_opcheck() -> None:
         arguments = {**single_arguments(), "x": x}
         arguments["values"] = arguments["values"].to(x.dtype)
         torch.library.opcheck(torch.ops.shira.sparse_delta_mm.default, (*arguments.values(), 3))
+    x, row_ptr, col, values = gradient_arguments(torch.float32, (2, 3), torch.float32)
+    torch.library.opcheck(torch.ops.shira.sparse_delta_mm.default, (x, row_ptr, col, values, 7))
+
+
+def gradient_arguments(dtype: torch.dtype, tokens: tuple[int, ...], value_dtype: torch.dtype) -> list[torch.Tensor]:
+    mask = random_mask(7, 9, 0.4)
+    mask[3], mask[:, 5] = False, False
+    row_ptr, col = csr(mask, torch.int32, torch.uint16)
+    x, values = shared.numbers((*tokens, 9), dtype, 1), shared.numbers((col.numel(),), value_dtype, 2)
+    return [x.requires_grad_(), row_ptr, col, values.requires_grad_()]
+
+
+@each_backend
+def test_gradients_are_those_of_differences(backend: Backend) -> None:
+    if backend.name == "triton" and backend.device == "cpu":
+        tokens: tuple[int, ...] = (1,)  # the interpreter is slow
+    else:
+        tokens = (2, 3)
+    x, row_ptr, col, values = (t.detach().to(backend.device) for t in gradient_arguments(DTYPES[0], tokens, DTYPES[0]))
+
+    def product(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        with backends.use(backend.name, isa=backend.isa):
+            return torch.ops.shira.sparse_delta_mm(x, row_ptr, col, values, 7)
+
+    for x_needed, values_needed in ((True, True), (False, True), (True, False)):
+        inputs = x.clone().requires_grad_(x_needed), values.clone().requires_grad_(values_needed)
+        assert torch.autograd.gradcheck(product, inputs, fast_mode=True)
+
+
+@each_backend
+@pytest.mark.parametrize(("dtype", "value_dtype"), PAIRS, ids=str)
+def test_gradients(backend: Backend, dtype: torch.dtype, value_dtype: torch.dtype) -> None:
+    leaves = [t.detach().to(backend.device) for t in gradient_arguments(dtype, (2, 3), value_dtype)]
+    x, row_ptr, col, values = leaves
+    x.requires_grad_(), values.requires_grad_()
+    with backend.running(times=3):  # the product, and masked_grad and the transposed product
+        result = torch.ops.shira.sparse_delta_mm(x, row_ptr, col, values, out_features=7)
+        assert result.requires_grad
+        grad = shared.numbers((7, 2, 3), dtype, 4).to(backend.device).permute(1, 2, 0)
+        result.backward(grad)
+    mask = random_mask(7, 9, 0.4)
+    mask[3], mask[:, 5] = False, False
+    wide = [x.detach().double().cpu(), shared.dense(mask, values.detach().cpu()), grad.double().cpu()]
+    grad_x = wide[2] @ wide[1]
+    grad_values = (wide[2].reshape(6, 7).T @ wide[0].reshape(6, 9))[mask]
+    for leaf, expected in ((x, grad_x), (values, grad_values)):
+        assert leaf.grad.dtype == leaf.dtype
+        tolerance = 4 * torch.finfo(leaf.dtype).eps
+        torch.testing.assert_close(leaf.grad.double().cpu(), expected, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_a_gradient_is_not_differentiable() -> None:
+    x, row_ptr, col, values = gradient_arguments(torch.float32, (2,), torch.float32)
+    result = torch.ops.shira.sparse_delta_mm(x, row_ptr, col, values, 7)
+    for leaf in (x, values):
+        with pytest.raises(RuntimeError, match="requires grad"):
+            torch.autograd.grad(result.square().sum(), leaf, create_graph=True)
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    x, row_ptr, col, values = gradient_arguments(torch.float32, (2,), torch.float32)
+    with torch.no_grad():
+        assert torch.ops.shira.sparse_delta_mm(x, row_ptr, col, values, 7).grad_fn is None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
+        torch.ops.shira.sparse_delta_mm(x, row_ptr, col, values.detach(), 7)
+    assert x.data_ptr() not in kept, "x is only needed for the gradient of the values"
+
+
+@pytest.mark.parametrize("requires", ["x", "values", "both"])
+def test_compiled_gradients(requires: str) -> None:
+    compiled = torch.compile(
+        lambda *arguments: torch.ops.shira.sparse_delta_mm(*arguments, 7).square().sum(),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    for tokens in ((4,), (6,)):
+        results = []
+        for function in (lambda *a: torch.ops.shira.sparse_delta_mm(*a, 7).square().sum(), compiled):
+            x, row_ptr, col, values = gradient_arguments(torch.float32, tokens, torch.float32)
+            x.requires_grad_(requires != "values"), values.requires_grad_(requires != "x")
+            before = backends.calls()
+            function(x, row_ptr, col, values).backward()
+            assert sum((backends.calls() - before).values()) == (3 if requires == "both" else 2)
+            results.append((x.grad, values.grad))
+        for eager, got in zip(*results, strict=True):
+            assert eager is got is None or torch.equal(eager, got)
 
 
 def changing(tokens: int) -> dict[str, Any]:

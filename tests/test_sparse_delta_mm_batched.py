@@ -177,6 +177,18 @@ def test_inference_mode(backend: Backend) -> None:
         assert torch.ops.shira.sparse_delta_mm_batched(**arguments).tolist() == BATCHED_RESULT
 
 
+@each_backend
+def test_its_forward_runs_beside_parameters_and_its_backward_is_refused(backend: Backend) -> None:
+    arguments = {**batched_arguments(backend.device), "out_features": 3}
+    for name in ("x", "values"):
+        changed = {**arguments, name: arguments[name].clone().requires_grad_()}
+        with backend.running():
+            result = torch.ops.shira.sparse_delta_mm_batched(**changed)
+        assert result.tolist() == BATCHED_RESULT
+        with pytest.raises(RuntimeError, match=r"sparse_delta_mm_batched: is not differentiable.*shira\.attach"):
+            result.sum().backward()
+
+
 def test_opcheck() -> None:
     x, token_adapter, row_ptr, col, values, page_table = batched_arguments().values()
     op = torch.ops.shira.sparse_delta_mm_batched.default

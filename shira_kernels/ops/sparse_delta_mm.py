@@ -3,15 +3,18 @@
     result[t, r] = sum over entries e of row r of x[t, col[e]] * values[e],   row_ptr[r] <= e < row_ptr[r + 1]
 
 The delta is a weight [out, in] in CSR form; `x @ weight.T + result` is the layer with the delta added to its weight.
-Sums are in float32 (float64 for float64 operands) and rounded once to the dtype of x.
+Sums are in float32 (float64 for float64 operands) and rounded once to the dtype of x. Differentiable once in x, by
+sparse_delta_mm_transposed, and in values, by masked_grad.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from shira_kernels.ops import _checks
-from shira_kernels.ops._library import define
+from shira_kernels.ops._library import define, differentiable
 from shira_kernels.reference import sparse_delta_mm as reference
 
 OP = "sparse_delta_mm"
@@ -72,6 +75,26 @@ default = define(
 )
 
 
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, row_ptr, col, values, _ = inputs
+    x_needed, values_needed = ctx.needs_input_grad[3], ctx.needs_input_grad[0]
+    ctx.save_for_backward(x if x_needed else None, row_ptr, col, values if values_needed else None)
+    ctx.in_features, ctx.value_dtype = x.shape[-1], values.dtype
+
+
+def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
+    x, row_ptr, col, values = ctx.saved_tensors
+    grad_x = grad_values = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.shira.sparse_delta_mm_transposed(grad, row_ptr, col, values, ctx.in_features)
+    if ctx.needs_input_grad[3]:
+        grad_values = torch.ops.shira.masked_grad(grad, x, row_ptr, col).to(ctx.value_dtype)
+    return grad_x, None, None, grad_values, None
+
+
+differentiable(OP, setup_context=setup_context, backward=backward)
+
+
 def sparse_delta_mm(
     x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
 ) -> torch.Tensor:
@@ -90,6 +113,6 @@ def sparse_delta_mm(
     Raises:
         RuntimeError: naming the argument: wrong dtype, shape or device; on the CPU, and on a GPU in checked mode, also
             a row_ptr that does not rise from 0 to nnz and columns that are unsorted, repeated or outside. A GPU kernel
-            otherwise reads nothing outside its operands.
+            otherwise reads nothing outside its operands. Also where a gradient is to be differentiated again.
     """
     return torch.ops.shira.sparse_delta_mm(x, row_ptr, col, values, out_features)

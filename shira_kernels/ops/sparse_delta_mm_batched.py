@@ -15,11 +15,12 @@ have adapter -1.
 from __future__ import annotations
 
 import math
+from typing import Any, NoReturn
 
 import torch
 
 from shira_kernels.ops import _checks
-from shira_kernels.ops._library import define
+from shira_kernels.ops._library import define, differentiable
 from shira_kernels.ops.sparse_delta_mm import check_input, check_values
 from shira_kernels.reference import sparse_delta_mm_batched as reference
 
@@ -150,6 +151,13 @@ default = define(
     check=check,
     reference=reference.sparse_delta_mm_batched,
 )
+
+
+def backward(ctx: Any, grad: torch.Tensor) -> NoReturn:
+    raise RuntimeError(f"shira::{OP}: is not differentiable: train an adapter with shira.attach, or run under no_grad")
+
+
+differentiable(OP, backward=backward)
 
 
 def sparse_delta_mm_batched(
