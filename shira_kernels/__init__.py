@@ -11,6 +11,7 @@ from shira_kernels.ops.scatter_apply_batched import scatter_apply_batched
 from shira_kernels.ops.scatter_switch_batched import scatter_switch_batched
 from shira_kernels.ops.sparse_delta_mm import sparse_delta_mm
 from shira_kernels.ops.sparse_delta_mm_batched import sparse_delta_mm_batched
+from shira_kernels.ops.sparse_delta_mm_transposed import sparse_delta_mm_transposed
 from shira_kernels.ops.topk_indices import topk_indices
 from shira_kernels.optim import ShiraAdamW
 
@@ -29,5 +30,6 @@ __all__ = [
     "scatter_switch_batched",
     "sparse_delta_mm",
     "sparse_delta_mm_batched",
+    "sparse_delta_mm_transposed",
     "topk_indices",
 ]

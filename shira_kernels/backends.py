@@ -27,7 +27,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from shira_kernels.ops import OPS
-from shira_kernels.ops._library import NAMESPACE, library, python_calls
+from shira_kernels.ops._library import NAMESPACE, library, python_calls, with_gradient
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_ISAS = ("base", "avx2", "avx512", "avx512_bf16")
@@ -61,6 +61,7 @@ def reason_unavailable(op: str, backend: str) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    op = _with_kernels(op)
     if backend == "reference":
         return ""
     if backend == "triton":
@@ -78,6 +79,11 @@ def reason_unavailable(op: str, backend: str) -> str:
     if op not in extension.cuda_ops():
         return "has no kernel for this op"
     return "" if torch.cuda.is_available() else "no GPU"
+
+
+def _with_kernels(op: str) -> str:
+    """The op whose kernels an op runs: itself, unless it is composed of another."""
+    return getattr(OPS[op], "COMPOSED_OF", op)
 
 
 def _has_cpp_kernel(op: str, key: str) -> bool:
@@ -122,7 +128,7 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
     if reason := reason_unavailable(op, backend):
         raise RuntimeError(f"backend {backend} cannot run shira::{op}: {reason}")
     if backend == "reference":
-        return OPS[op].default
+        return OPS[op].default if _with_kernels(op) == op else _composed(op, OPS[_with_kernels(op)].default)
     if backend == "triton":
         return _triton_entry(op)
     if backend == "cuda" and _gpu_choice[op] != "cuda":
@@ -130,14 +136,30 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, NAMESPACE), op).default
 
 
+def _composed(op: str, product: Callable[..., Any], contents: Callable[[], bool] = lambda: True) -> Callable[..., Any]:
+    """An op that is composed of another, by that one's given kernel, behind its own checks."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        OPS[op].check(*args, **kwargs, contents=contents())
+        return OPS[op].compose(product, *args, **kwargs)
+
+    return run
+
+
+def _triton_reads_contents() -> bool:
+    """Under the interpreter the data is on the CPU, where reading it does not wait for a GPU."""
+    return _check_gpu_indices or _triton_interprets()
+
+
 def _triton_entry(op: str) -> Callable[..., Any]:
     """The Triton kernel behind the op's checks. Triton is imported at the first call."""
+    if _with_kernels(op) != op:
+        return _composed(op, _triton_entry(_with_kernels(op)), _triton_reads_contents)
     definition = OPS[op]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         launch = getattr(importlib.import_module(f"shira_kernels.triton.{op}"), op)
-        # Under the interpreter the data is on the CPU, where reading it does not wait for a GPU.
-        written = definition.check(*args, **kwargs, contents=_check_gpu_indices or _triton_interprets())
+        written = definition.check(*args, **kwargs, contents=_triton_reads_contents())
         torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
         python_calls["triton"] += 1
         # Triton launches on the current device, whatever the tensors' is. Offsets may lie on the CPU.
@@ -193,7 +215,11 @@ class use(TorchFunctionMode):
         if self.backend != "reference" and on_gpu != (self.backend != "cpu" and not _triton_interprets()):
             where = "on a GPU" if on_gpu else "on the CPU"
             raise RuntimeError(f"backend {self.backend} is forced, but cannot run shira::{op} {where}")
-        return self.kernels[op](*args, **(kwargs or {}))
+        kernel = self.kernels[op]
+        tensors = _tensors((*args, *(kwargs or {}).values()))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            kernel = with_gradient(op, kernel, lambda: use(self.backend, self.isa))
+        return kernel(*args, **(kwargs or {}))
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -234,7 +260,7 @@ def _choose_gpu_backend() -> dict[str, str]:
         # Not reason_unavailable: a GPU may come later than the import, and asking for one would touch it.
         has_triton = (
             importlib.util.find_spec("triton") is not None
-            and importlib.util.find_spec(f"shira_kernels.triton.{op}") is not None
+            and importlib.util.find_spec(f"shira_kernels.triton.{_with_kernels(op)}") is not None
         )
         if op in with_cuda and wanted != "triton":
             choice[op] = "cuda"

@@ -8,6 +8,7 @@ from backend_matrix import Backend, each_backend_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import bits, ulp_distance
+from sparse_delta import csr, random_mask
 
 import shira_kernels
 from shira_kernels import backends
@@ -16,12 +17,6 @@ each_backend = each_backend_of("masked_grad")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Units in the last place of the sum of the products' magnitudes. float32 sums of products, in any order.
 ULP = 4.0
-
-
-def csr(mask: torch.Tensor, row_ptr: torch.dtype, col: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """row_ptr and col of the entries that a [out, in] mask holds."""
-    ends = mask.sum(1).cumsum(0)
-    return torch.cat([torch.zeros_like(ends[:1]), ends]).to(row_ptr), mask.nonzero()[:, 1].to(col)
 
 
 def check_case(
@@ -50,10 +45,6 @@ def check_case(
     with backend.running():
         again = torch.ops.shira.masked_grad(*arguments)
     assert torch.equal(bits(again), bits(sums)), "the same input gives the same bits"
-
-
-def random_mask(rows: int, columns: int, density: float) -> torch.Tensor:
-    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows + columns)) < density
 
 
 @each_backend

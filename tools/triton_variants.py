@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from shira_kernels.triton import _math, masked_grad
+from shira_kernels.triton import _math, _sparse_delta, masked_grad
 from shira_kernels.triton import fuse_adapters as fuse
 from shira_kernels.triton import masked_adamw as adamw
 from shira_kernels.triton import scatter_apply_batched as batched
@@ -36,6 +36,32 @@ def variants() -> Iterator[Variant]:
     yield from adamw_variants()
     yield from topk_variants()
     yield from fuse_variants()
+    yield from sparse_delta_variants()
+
+
+def sparse_delta_variants() -> Iterator[Variant]:
+    pairs = [("fp64", "fp64"), ("fp32", "fp32"), ("i16", "i16"), ("fp16", "fp16"), ("i16", "fp32"), ("fp16", "fp32")]
+    indices = [("i32", "u16", True), ("i64", "i32", False)]  # and whether it adds
+    forms = [(False, 0), (True, 0), (True, 1024)]  # BATCHED, PAGE
+    decode = {"ROWS": _sparse_delta.DECODE_ROWS, "ENTRIES": _sparse_delta.DECODE_ENTRIES}
+    prefill = {name: getattr(_sparse_delta, name) for name in ("ROWS", "TOKENS", "UNROLLED")}
+    for (kind, value), (row_ptr, col, add), (batched_form, page) in itertools.product(pairs, indices, forms):
+        form = {"BATCHED": batched_form, "PAGE": page, "ADD": add}
+        stored = {"row_ptr": f"*{row_ptr}", "col": f"*{col}", "values": f"*{value}", "page_table": "*i32"}
+        numbers = {
+            **dict.fromkeys(("rows", "columns", "adapters"), "i32"),
+            "room": "i64",
+            **dict.fromkeys(("pages", "pages_of_one"), "i32"),
+        }
+        few = {"out": f"*{kind}", "x": f"*{kind}", "token_adapter": "*i32", **stored, **numbers}
+        many = {"out": f"*{kind}", "x_t": f"*{kind}", "token_adapter": "*i32", "order": "*i64", **stored}
+        many |= {**dict.fromkeys(("tokens", "stride"), "i32"), **numbers}
+        for kernel, signature, sizes in (
+            (_sparse_delta.decode_kernel, few, decode),
+            (_sparse_delta.prefill_kernel, many, prefill),
+        ):
+            constants = {**form, **sizes}
+            yield kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants
 
 
 def masked_grad_variants() -> Iterator[Variant]:

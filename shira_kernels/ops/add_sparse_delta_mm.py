@@ -12,7 +12,7 @@ import torch
 
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
-from shira_kernels.ops.sparse_delta_mm import check_operands
+from shira_kernels.ops.sparse_delta_mm import check_input, check_values
 from shira_kernels.reference import add_sparse_delta_mm as reference
 
 OP = "add_sparse_delta_mm"
@@ -33,9 +33,10 @@ def check_out(op: str, out: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def fake(out: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor) -> None:
-    check_operands(OP, x, col, values)
+    check_input(OP, x)
     check_out(OP, out, x)
     _checks.check_csr(OP, row_ptr, col, out.shape[-1], x, "out has columns")
+    check_values(OP, values, col, x)
 
 
 def check(

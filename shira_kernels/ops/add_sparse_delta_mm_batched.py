@@ -14,6 +14,7 @@ import torch
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.ops.add_sparse_delta_mm import check_out
+from shira_kernels.ops.sparse_delta_mm import check_input
 from shira_kernels.ops.sparse_delta_mm_batched import check_adapter_contents, check_adapters
 from shira_kernels.reference import add_sparse_delta_mm_batched as reference
 
@@ -29,10 +30,9 @@ def fake(
     values: torch.Tensor,
     page_table: torch.Tensor | None = None,
 ) -> None:
-    if out.dim() == 0:
-        _checks.fail(OP, "out", "must have at least one dimension, [..., out]")
-    check_adapters(OP, x, token_adapter, row_ptr, col, values, out.shape[-1], page_table)
+    check_input(OP, x)
     check_out(OP, out, x)
+    check_adapters(OP, x, token_adapter, row_ptr, col, values, out.shape[-1], page_table)
 
 
 def check(

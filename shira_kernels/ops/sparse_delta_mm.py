@@ -3,28 +3,35 @@
     result[t, r] = sum over entries e of row r of x[t, col[e]] * values[e],   row_ptr[r] <= e < row_ptr[r + 1]
 
 The delta is a weight [out, in] in CSR form; `x @ weight.T + result` is the layer with the delta added to its weight.
-Sums are in float32 (float64 for float64 operands) and rounded once to the dtype of x.
+Sums are in float32 (float64 for float64 operands) and rounded once to the dtype of x. Differentiable once in x, by
+sparse_delta_mm_transposed, and in values, by masked_grad.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from shira_kernels.ops import _checks
-from shira_kernels.ops._library import define
+from shira_kernels.ops._library import define, differentiable
 from shira_kernels.reference import sparse_delta_mm as reference
 
 OP = "sparse_delta_mm"
 
 
-def check_operands(op: str, x: torch.Tensor, col: torch.Tensor, values: torch.Tensor) -> None:
-    """What ops of this family share, without data: x, and values beside col."""
+def check_input(op: str, x: torch.Tensor) -> None:
+    """The form of a layer's input."""
     if x.dtype not in _checks.ARITHMETIC_DTYPES:
         _checks.fail(op, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
         _checks.fail(op, "x", "must have at least one dimension, [..., in]")
     if x.layout != torch.strided:
         _checks.fail(op, "x", f"must be a strided tensor, got {x.layout}")
+
+
+def check_values(op: str, values: torch.Tensor, col: torch.Tensor, x: torch.Tensor) -> None:
+    """The form of values beside col, which was checked."""
     if values.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
         _checks.fail(op, "values", f"must be {x.dtype} like x, or float32 beside fewer bits, got {values.dtype}")
     if values.device != x.device:
@@ -38,8 +45,9 @@ def check_operands(op: str, x: torch.Tensor, col: torch.Tensor, values: torch.Te
 def fake(
     x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
 ) -> torch.Tensor:
-    check_operands(OP, x, col, values)
+    check_input(OP, x)
     _checks.check_csr(OP, row_ptr, col, out_features, x, "out_features")
+    check_values(OP, values, col, x)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -67,6 +75,26 @@ default = define(
 )
 
 
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, row_ptr, col, values, _ = inputs
+    x_needed, values_needed = ctx.needs_input_grad[3], ctx.needs_input_grad[0]
+    ctx.save_for_backward(x if x_needed else None, row_ptr, col, values if values_needed else None)
+    ctx.in_features, ctx.value_dtype = x.shape[-1], values.dtype
+
+
+def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
+    x, row_ptr, col, values = ctx.saved_tensors
+    grad_x = grad_values = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.shira.sparse_delta_mm_transposed(grad, row_ptr, col, values, ctx.in_features)
+    if ctx.needs_input_grad[3]:
+        grad_values = torch.ops.shira.masked_grad(grad, x, row_ptr, col).to(ctx.value_dtype)
+    return grad_x, None, None, grad_values, None
+
+
+differentiable(OP, setup_context=setup_context, backward=backward)
+
+
 def sparse_delta_mm(
     x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
 ) -> torch.Tensor:
@@ -85,6 +113,6 @@ def sparse_delta_mm(
     Raises:
         RuntimeError: naming the argument: wrong dtype, shape or device; on the CPU, and on a GPU in checked mode, also
             a row_ptr that does not rise from 0 to nnz and columns that are unsorted, repeated or outside. A GPU kernel
-            otherwise reads nothing outside its operands.
+            otherwise reads nothing outside its operands. Also where a gradient is to be differentiated again.
     """
     return torch.ops.shira.sparse_delta_mm(x, row_ptr, col, values, out_features)

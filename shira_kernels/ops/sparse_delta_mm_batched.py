@@ -14,11 +14,14 @@ have adapter -1.
 
 from __future__ import annotations
 
+import math
+from typing import Any, NoReturn
+
 import torch
 
 from shira_kernels.ops import _checks
-from shira_kernels.ops._library import define
-from shira_kernels.ops.sparse_delta_mm import check_operands
+from shira_kernels.ops._library import define, differentiable
+from shira_kernels.ops.sparse_delta_mm import check_input, check_values
 from shira_kernels.reference import sparse_delta_mm_batched as reference
 
 OP = "sparse_delta_mm_batched"
@@ -35,11 +38,11 @@ def check_adapters(
     page_table: torch.Tensor | None,
 ) -> None:
     """What can be checked of stacked adapters without data."""
-    check_operands(op, x, col, values)
+    check_input(op, x)
     if token_adapter.dtype != torch.int32:
         _checks.fail(op, "token_adapter", f"must be int32, got {token_adapter.dtype}")
     _checks.check_vector(op, "token_adapter", token_adapter, x)
-    tokens = x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])  # numel() would make a constant of a symbol
     if token_adapter.shape[0] != tokens:
         _checks.fail(op, "token_adapter", f"must have one entry per row of x ({tokens}), got {token_adapter.shape[0]}")
     if row_ptr.dtype not in _checks.INDEX_DTYPES:
@@ -56,9 +59,11 @@ def check_adapters(
     if page_table is None:
         if col.dim() != 1:
             _checks.fail(op, "col", f"must be 1-D unless there is a page_table, got shape {tuple(col.shape)}")
+        check_values(op, values, col, x)
         return
     if col.dim() != 2 or col.shape[1] == 0:
         _checks.fail(op, "col", f"must be [pages, page_size] beside a page_table, got shape {tuple(col.shape)}")
+    check_values(op, values, col, x)
     if page_table.dtype != torch.int32:
         _checks.fail(op, "page_table", f"must be int32, got {page_table.dtype}")
     if page_table.dim() != 2 or page_table.shape[0] != row_ptr.shape[0]:
@@ -146,6 +151,13 @@ default = define(
     check=check,
     reference=reference.sparse_delta_mm_batched,
 )
+
+
+def backward(ctx: Any, grad: torch.Tensor) -> NoReturn:
+    raise RuntimeError(f"shira::{OP}: is not differentiable: train an adapter with shira.attach, or run under no_grad")
+
+
+differentiable(OP, backward=backward)
 
 
 def sparse_delta_mm_batched(

@@ -16,8 +16,9 @@ def add_sparse_delta_mm_batched(
     values: torch.Tensor,
     page_table: torch.Tensor | None = None,
 ) -> None:
-    outputs = out.view(-1, out.shape[-1])
-    inputs = x.reshape(-1, x.shape[-1])
+    tokens_of_all = x.shape[:-1].numel()
+    outputs = out.view(tokens_of_all, out.shape[-1])
+    inputs = x.contiguous().view(tokens_of_all, x.shape[-1])  # a copy where out may share memory with x
     for adapter in token_adapter.unique().tolist():
         if adapter < 0:
             continue

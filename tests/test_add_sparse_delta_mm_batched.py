@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sparse_delta as shared
+import torch
+from backend_matrix import Backend, each_backend_of
+from sparse_delta import BATCHED_RESULT, INDICES, PAIRS, add_out, batched_arguments, mixed_masks, run_batched
+from test_sparse_delta_mm_batched import PAGES, SHAPES, TOKENS
+from test_sparse_delta_mm_batched import changing as changing_without_out
+
+import shira_kernels
+from shira_kernels import backends
+
+each_backend = each_backend_of("add_sparse_delta_mm_batched")
+each_backend_but_the_interpreter = pytest.mark.parametrize(
+    "backend", [p for p in each_backend.args[1] if (p.values[0].name, p.values[0].device) != ("triton", "cpu")]
+)
+
+
+@each_backend
+@pytest.mark.parametrize(("row_ptr_dtype", "col_dtype"), INDICES, ids=str)
+@pytest.mark.parametrize(("dtype", "value_dtype"), PAIRS, ids=str)
+def test_entries(
+    backend: Backend,
+    dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    row_ptr_dtype: torch.dtype,
+    col_dtype: torch.dtype,
+) -> None:
+    for tokens, page_size in (((5,), None), ((4,), 7), ((2, 20), 7)):
+        masks = mixed_masks(13, 30, 0.2)
+        run_batched(backend, True, tokens, masks, dtype, value_dtype, row_ptr_dtype, col_dtype, page_size)
+
+
+@each_backend
+@pytest.mark.parametrize("page_size", PAGES)
+@pytest.mark.parametrize(("tokens", "rows", "columns", "density"), SHAPES)
+def test_shapes(
+    backend: Backend, tokens: tuple[int, ...], rows: int, columns: int, density: float, page_size: int | None
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        run_batched(backend, True, tokens, mixed_masks(rows, columns, density), dtype, page_size=page_size)
+
+
+@each_backend
+@pytest.mark.parametrize("adapters", TOKENS, ids=lambda adapters: f"{len(adapters)}-{sum(adapters)}")
+def test_tokens_of_any_adapters(backend: Backend, adapters: list[int]) -> None:
+    run_batched(backend, True, (len(adapters),), mixed_masks(7, 20, 0.3), page_size=16, adapters=adapters)
+
+
+@each_backend_but_the_interpreter
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(8, 300, 500), (130, 90, 700), (600, 40, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page_size", [None, 64])
+def test_larger_layers(
+    backend: Backend, dtype: torch.dtype, tokens: int, rows: int, columns: int, page_size: int | None
+) -> None:
+    run_batched(backend, True, (tokens,), mixed_masks(rows, columns, 0.05), dtype, page_size=page_size)
+
+
+@each_backend
+@pytest.mark.parametrize("wrapped", [False, True], ids=["op", "wrapper"])
+def test_bad_input_writes_nothing(backend: Backend, wrapped: bool) -> None:
+    call = shira_kernels.add_sparse_delta_mm_batched if wrapped else torch.ops.shira.add_sparse_delta_mm_batched
+    for change in (*shared.BAD_OUT, *shared.BAD_BATCHED):
+        shared.check_refused(backend, call, add_out(batched_arguments(backend.device)), *change)
+
+
+@each_backend
+def test_in_place_rules(backend: Backend) -> None:
+    arguments = add_out(batched_arguments(backend.device))
+    shared.check_in_place_rules(backend, torch.ops.shira.add_sparse_delta_mm_batched, arguments)
+    assert arguments["out"].tolist() == (torch.tensor(BATCHED_RESULT) + 1).tolist()
+
+
+@each_backend
+def test_shared_memory(backend: Backend) -> None:
+    op = torch.ops.shira.add_sparse_delta_mm_batched
+    shared.check_shared_memory(backend, op, add_out(batched_arguments(backend.device)))
+
+
+def test_opcheck() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = {**batched_arguments(), "x": torch.randn(3, 4).to(dtype)}
+        arguments["values"] = arguments["values"].to(dtype)
+        torch.library.opcheck(torch.ops.shira.add_sparse_delta_mm_batched.default, tuple(add_out(arguments).values()))
+
+
+def changing(tokens: int) -> dict[str, Any]:
+    return add_out(changing_without_out(tokens))
+
+
+def double(**arguments: torch.Tensor) -> torch.Tensor:
+    """Adds to what was made here, and to an argument."""
+    twice = arguments["x"] @ torch.ones(4, 3)
+    torch.ops.shira.add_sparse_delta_mm_batched(**{**arguments, "out": twice})
+    torch.ops.shira.add_sparse_delta_mm_batched(**arguments)
+    return twice + arguments["out"]
+
+
+def test_compile() -> None:
+    shared.check_compiled(double, changing, ["x", "out", "token_adapter"])
+
+
+def test_export() -> None:
+    shared.check_exported(double, changing, ["x", "out", "token_adapter"])
+
+
+def test_the_default_is_the_fast_path() -> None:
+    fastest = f"cpu/{backends.extension.runnable_isas()[-1]}" if backends.extension else "reference"
+    if backends.reason_unavailable("add_sparse_delta_mm_batched", "cpu"):
+        fastest = "reference"
+    before = backends.calls()
+    shira_kernels.add_sparse_delta_mm_batched(**add_out(batched_arguments()))
+    assert backends.calls() - before == {backends.active("add_sparse_delta_mm_batched", "cpu"): 1} == {fastest: 1}
+
+
+@pytest.mark.skipif(bool(Backend("triton").missing("add_sparse_delta_mm_batched")), reason="Triton in its interpreter")
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_triton_touches_nothing_outside_whatever_the_entries(tokens: int) -> None:
+    """A GPU kernel checks no contents. Around each operand lies NaN, which would show if it were read."""
+    from shira_kernels.triton import _sparse_delta
+
+    def guarded(tensor: torch.Tensor, poison: float) -> torch.Tensor:
+        around = torch.full((tensor.numel() + 2000,), poison, dtype=tensor.dtype)
+        around[1000:-1000] = tensor.flatten()
+        return around[1000:-1000].view(tensor.shape)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def wild(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        """Half of them far outside, half near 0."""
+        far = torch.randint(-(2**31), 2**31, shape, generator=generator)
+        near = torch.randint(-20, 60, shape, generator=generator)
+        return torch.where(torch.rand(shape, generator=generator) < 0.5, far, near).to(dtype)
+
+    x, out = guarded(torch.ones(tokens, 9), float("nan")), guarded(torch.ones(tokens, 5), 7.0)
+    token_adapter, row_ptr, table = wild(tokens), wild(3, 6), guarded(wild(3, 4), 2)
+    token_adapter[: tokens // 2] = torch.arange(tokens // 2) % 3
+    whole = out.untyped_storage()
+    for page_table in (table, None):
+        shape = (6, 8) if page_table is not None else (48,)
+        col, values = guarded(wild(*shape), 3), guarded(torch.ones(shape), float("nan"))
+        _sparse_delta.product(out, x, row_ptr, col, values, token_adapter, page_table, add=True)
+    assert out.isfinite().all()
+    assert not out.eq(1).all(), "entries that are there are added"
+    assert out.new_empty(0).set_(whole).eq(7).sum() >= 2000
