@@ -453,3 +453,33 @@ def check_exported(
     program = torch.export.export(Module(), (example,), dynamic_shapes=(shapes,)).module()
     for number in (4, 9):
         assert torch.equal(program(arguments(number)), function(**arguments(number)))
+
+
+def check_nothing_outside(device: str, tokens: int) -> None:
+    """Triton kernels check no contents on a GPU. Around operands lies NaN, which would show if it were read."""
+    from shira_kernels.triton import _sparse_delta
+
+    def guarded(tensor: torch.Tensor, poison: float) -> torch.Tensor:
+        around = torch.full((tensor.numel() + 2000,), poison, dtype=tensor.dtype, device=device)
+        around[1000:-1000] = tensor.flatten().to(device)
+        return around[1000:-1000].view(tensor.shape)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def wild(*shape: int) -> torch.Tensor:
+        """Half of them far outside, half near 0."""
+        far = torch.randint(-(2**31), 2**31, shape, generator=generator)
+        near = torch.randint(-20, 60, shape, generator=generator)
+        return torch.where(torch.rand(shape, generator=generator) < 0.5, far, near).to(device, torch.int32)
+
+    x, out = guarded(torch.ones(tokens, 9), float("nan")), guarded(torch.ones(tokens, 5), 7.0)
+    token_adapter, row_ptr, table = wild(tokens), wild(3, 6), guarded(wild(3, 4), 2)
+    token_adapter[: tokens // 2] = torch.arange(tokens // 2, device=device) % 3
+    whole = out.untyped_storage()
+    for page_table in (table, None):
+        shape = (6, 8) if page_table is not None else (48,)
+        col, values = guarded(wild(*shape), 3), guarded(torch.ones(shape), float("nan"))
+        _sparse_delta.product(out, x, row_ptr, col, values, token_adapter, page_table, add=True)
+    assert out.isfinite().all()
+    assert not out.eq(1).all(), "entries that are there are added"
+    assert out.new_empty(0).set_(whole).eq(7).sum() >= 2000
