@@ -30,7 +30,7 @@ def test_entries(
     col_dtype: torch.dtype,
 ) -> None:
     for tokens, page_size in (((5,), None), ((4,), 7), ((2, 20), 7)):
-        masks = mixed_masks(13, 30, 0.2)
+        masks = mixed_masks(9, 30, 0.2)
         run_batched(backend, True, tokens, masks, dtype, value_dtype, row_ptr_dtype, col_dtype, page_size)
 
 
