@@ -173,6 +173,8 @@ def _triton_entry(op: str) -> Callable[..., Any]:
 class use(TorchFunctionMode):
     """`with use("reference"):` runs every op of this package on one backend, in this thread. For tests and debugging.
 
+    The gradients of what runs are computed on that backend too, also after the block.
+
     Args:
         backend: reference, cpu, triton or cuda.
         isa: with cpu, also the instruction set, for the whole process.

@@ -413,14 +413,12 @@ def check_shared_memory(backend: Backend, op: Callable[..., Any], arguments: dic
             op(**{**arguments, "out": inside, name: shared})
     assert memory.eq(1).all()
 
-    strided = memory.view(*out.shape[:-1], -1)[..., ::2][..., : arguments["x"].shape[-1]]
-    if strided.shape == arguments["x"].shape:
-        copied = {**arguments, "x": strided.clone(), "out": inside.clone()}
-        with backend.running():
-            op(**copied)
-        with backend.running():
-            op(**{**arguments, "x": strided, "out": inside})
-        assert torch.equal(inside, copied["out"])
+    strided = memory.as_strided(arguments["x"].shape, (0, 3))  # reads what is written for other tokens
+    copied = {**arguments, "x": strided.clone(), "out": inside.clone()}
+    with backend.running(times=2):
+        op(**copied)
+        op(**{**arguments, "x": strided, "out": inside})
+    assert torch.equal(inside, copied["out"])
 
 
 def check_compiled(
@@ -453,3 +451,33 @@ def check_exported(
     program = torch.export.export(Module(), (example,), dynamic_shapes=(shapes,)).module()
     for number in (4, 9):
         assert torch.equal(program(arguments(number)), function(**arguments(number)))
+
+
+def check_nothing_outside(device: str, tokens: int) -> None:
+    """Triton kernels check no contents on a GPU. Around operands lies NaN, which would show if it were read."""
+    from shira_kernels.triton import _sparse_delta
+
+    def guarded(tensor: torch.Tensor, poison: float) -> torch.Tensor:
+        around = torch.full((tensor.numel() + 2000,), poison, dtype=tensor.dtype, device=device)
+        around[1000:-1000] = tensor.flatten().to(device)
+        return around[1000:-1000].view(tensor.shape)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def wild(*shape: int) -> torch.Tensor:
+        """Half of them far outside, half near 0."""
+        far = torch.randint(-(2**31), 2**31, shape, generator=generator)
+        near = torch.randint(-20, 60, shape, generator=generator)
+        return torch.where(torch.rand(shape, generator=generator) < 0.5, far, near).to(device, torch.int32)
+
+    x, out = guarded(torch.ones(tokens, 9), float("nan")), guarded(torch.ones(tokens, 5), 7.0)
+    token_adapter, row_ptr, table = wild(tokens), wild(3, 6), guarded(wild(3, 4), 2)
+    token_adapter[: tokens // 2] = torch.arange(tokens // 2, device=device) % 3
+    whole = out.untyped_storage()
+    for page_table in (table, None):
+        shape = (6, 8) if page_table is not None else (48,)
+        col, values = guarded(wild(*shape), 3), guarded(torch.ones(shape), float("nan"))
+        _sparse_delta.product(out, x, row_ptr, col, values, token_adapter, page_table, add=True)
+    assert out.isfinite().all()
+    assert not out.eq(1).all(), "entries that are there are added"
+    assert out.new_empty(0).set_(whole).eq(7).sum() >= 2000

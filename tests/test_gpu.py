@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import sparse_delta
 import torch
 from backend_matrix import Backend
 from oracle import bits, sorted_indices
@@ -209,3 +210,42 @@ def test_adamw_of_more_weights_than_one_launch_holds(backend: Backend) -> None:
     assert torch.equal(*results)
     assert (results[0][:, 2] < 1).all()
     assert (results[0][:, [0, 1, 3]] == 1).all()
+
+
+triton_only = pytest.mark.skipif(
+    bool(GPU_BACKENDS[0].missing("add_sparse_delta_mm_batched")),
+    reason=GPU_BACKENDS[0].missing("add_sparse_delta_mm_batched"),
+)
+
+
+@triton_only
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_a_captured_batch_follows_the_adapters_of_its_tokens(tokens: int) -> None:
+    stored, _ = sparse_delta.arena(
+        sparse_delta.mixed_masks(300, 200, 0.05), torch.float32, torch.int32, torch.uint16, 64
+    )
+    operands = [tensor.cuda() for tensor in stored]
+    x, out = torch.randn(tokens, 200, device="cuda"), torch.zeros(tokens, 300, device="cuda")
+    token_adapter = torch.full((tokens,), -1, dtype=torch.int32, device="cuda")
+    run = backends.kernel("add_sparse_delta_mm_batched", "triton")
+    run(out, x, token_adapter, *operands)  # warms up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(out, x, token_adapter, *operands)
+    for step in (1, 2, 5):
+        adapters = torch.tensor([-1, *sparse_delta.SLOTS], dtype=torch.int32)[torch.arange(tokens) * step % 4]
+        token_adapter.copy_(adapters)
+        x.normal_()
+        out.fill_(step)
+        graph.replay()
+        expected = torch.full((tokens, 300), float(step))
+        with backends.use("reference"):
+            torch.ops.shira.add_sparse_delta_mm_batched(expected, x.cpu(), adapters, *stored)
+        torch.testing.assert_close(out.cpu(), expected)
+
+
+@triton_only
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_products_touch_nothing_outside_whatever_the_entries(tokens: int) -> None:
+    sparse_delta.check_nothing_outside("cuda", tokens)

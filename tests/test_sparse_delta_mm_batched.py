@@ -31,7 +31,7 @@ def test_entries(
     col_dtype: torch.dtype,
 ) -> None:
     for tokens, page_size in (((5,), None), ((4,), 7), ((2, 20), 7)):
-        masks = mixed_masks(13, 30, 0.2)
+        masks = mixed_masks(9, 30, 0.2)
         run_batched(backend, False, tokens, masks, dtype, value_dtype, row_ptr_dtype, col_dtype, page_size)
 
 
@@ -46,7 +46,7 @@ SHAPES = [
     ((9,), 5, 7, 0.0),
     ((9,), 6, 7, 1.0),
     ((17,), 3, 40, 0.3),
-    ((2, 3, 11), 13, 33, 0.2),
+    ((2, 3, 11), 10, 33, 0.2),
     ((130,), 5, 19, 0.3),
     ((2,), 20, 130, 0.9),  # rows of more than a hundred entries
 ]
@@ -66,7 +66,7 @@ def test_shapes(
 @pytest.mark.parametrize("page_size", [None, 1, 2, 16, 300])
 def test_pages_of_any_size(backend: Backend, page_size: int | None) -> None:
     for tokens in (4, 40):
-        run_batched(backend, False, (tokens,), mixed_masks(11, 40, 0.3), page_size=page_size)
+        run_batched(backend, False, (tokens,), mixed_masks(9, 40, 0.2), page_size=page_size)
 
 
 TOKENS = [[-1] * 4, [0] * 4, [1, 1, 1, 0], [-1, 0, -1, 1], [2, 2], [-1] * 40, [1] * 40, [1] * 37 + [0, -1, 0]]

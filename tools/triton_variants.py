@@ -41,12 +41,12 @@ def variants() -> Iterator[Variant]:
 
 def sparse_delta_variants() -> Iterator[Variant]:
     pairs = [("fp64", "fp64"), ("fp32", "fp32"), ("i16", "i16"), ("fp16", "fp16"), ("i16", "fp32"), ("fp16", "fp32")]
-    indices = [("i32", "u16", True), ("i64", "i32", False)]  # and whether it adds
-    forms = [(False, 0), (True, 0), (True, 1024)]  # BATCHED, PAGE
+    small, large = ("i32", "u16"), ("i64", "i32")
+    forms = [(False, 0, True, small), (True, 0, True, large), (True, 1024, True, small), (True, 1024, False, large)]
     decode = {"ROWS": _sparse_delta.DECODE_ROWS, "ENTRIES": _sparse_delta.DECODE_ENTRIES}
     prefill = {name: getattr(_sparse_delta, name) for name in ("ROWS", "TOKENS", "UNROLLED")}
-    for (kind, value), (row_ptr, col, add), (batched_form, page) in itertools.product(pairs, indices, forms):
-        form = {"BATCHED": batched_form, "PAGE": page, "ADD": add}
+    for (kind, value), (mixed, page, add, (row_ptr, col)) in itertools.product(pairs, forms):
+        form = {"BATCHED": mixed, "PAGE": page, "ADD": add}
         stored = {"row_ptr": f"*{row_ptr}", "col": f"*{col}", "values": f"*{value}", "page_table": "*i32"}
         numbers = {
             **dict.fromkeys(("rows", "columns", "adapters"), "i32"),

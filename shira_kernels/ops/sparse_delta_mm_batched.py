@@ -189,6 +189,7 @@ def sparse_delta_mm_batched(
         RuntimeError: naming the argument: wrong dtype, shape or device; on the CPU, and on a GPU in checked mode, also
             an adapter that is not there, and of adapters that tokens have: a row_ptr that falls or leaves the arena,
             pages outside it, columns that are unsorted, repeated or outside. A GPU kernel otherwise reads nothing
-            outside its operands. Not differentiable: its backward raises.
+            outside its operands. Not differentiable: its backward raises, under torch.compile already where it is
+            compiled outside no_grad for operands that require grad.
     """
     return torch.ops.shira.sparse_delta_mm_batched(x, token_adapter, row_ptr, col, values, out_features, page_table)

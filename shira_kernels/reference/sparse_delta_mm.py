@@ -24,6 +24,10 @@ def delta(x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: tor
     col, values = col[first:last].long(), values[first:last].to(compute)
     part = max(1, _PART_BYTES // (compute.itemsize * max(1, len(inputs))))
     for start in range(0, last - first, part):
-        stop = start + part
-        sums.index_add_(1, rows[start:stop], inputs[:, col[start:stop]] * values[start:stop])
+        some = slice(start, start + part)
+        terms = inputs[:, col[some]] * values[some]
+        if terms.is_cuda:  # slower, but index_add_ adds in any order there
+            sums.t().index_put_((rows[some],), terms.t(), accumulate=True)
+        else:
+            sums.index_add_(1, rows[some], terms)
     return sums

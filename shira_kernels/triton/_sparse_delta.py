@@ -14,7 +14,7 @@ prefill_kernel: a program owns ROWS rows of TOKENS tokens. x is transposed first
 one contiguous vector. Tokens are sorted by adapter, on the device and with fixed shapes, so that the call can be
 captured in a graph; a block of tokens goes through its adapters in turn.
 
-Which kernel runs depends on the number of tokens alone. All sizes here are guesses until someone measures them.
+Which kernel runs depends on the number of tokens alone. Sizes are guesses until someone measures them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shira_kernels.triton._math import as_kernel_type, narrow, widen
 
 FEW_TOKENS = 16  # up to here the decode kernel runs
 DECODE_ROWS, DECODE_ENTRIES = 32, 16
-ROWS, TOKENS = 16, 64
+ROWS, TOKENS = 8, 64  # of a tile; twice as many of either spill registers
 UNROLLED = 4  # entries of each row whose loads are in flight at once
 ALIGNED = 16  # tokens: rows of the transposed x begin at multiples of it, so that its loads are vectors
 
