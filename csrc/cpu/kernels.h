@@ -54,6 +54,46 @@ struct MaskedGrad {
 };
 
 using ChooseMaskedGrad = MaskedGrad (*)(Element operand, bool wide_col);
+
+// Rows [begin, end) of a matrix in CSR form, whose entries lie side by side: entry e of row r, where
+// border(r) <= e < border(r + 1), is at col[e + shift].
+struct CsrRows {
+  const void* row_ptr;
+  const void* col;
+  bool wide_row_ptr, wide_col;  // int64 rather than int32, int32 rather than uint16
+  int64_t columns;
+  int64_t begin, end;
+  int64_t shift;
+
+  int64_t border(int64_t row) const {
+    return wide_row_ptr ? static_cast<const int64_t*>(row_ptr)[row] : static_cast<const int32_t*>(row_ptr)[row];
+  }
+  int64_t count() const { return border(end) - border(begin); }
+};
+
+// Some tokens of one adapter: their rows of x, packed into a panel, and of out.
+struct TokenBlock {
+  const int64_t* tokens;
+  int64_t count;  // no more than a panel has
+  const void* x;  // [.., columns]
+  int64_t columns;
+  void* panel;  // [columns][tokens of a panel]
+  void* out;    // [.., rows]
+  int64_t rows;
+  bool accumulate;  // adds to out, and leaves rows without entries alone; else all is written
+};
+
+struct SparseDeltaMm {
+  void (*pack)(const TokenBlock&, int64_t begin, int64_t end);  // these columns
+  void (*run)(const TokenBlock&, const CsrRows&, const void* values);
+  int64_t tokens;       // of a panel
+  int64_t token_bytes;  // of one token in a column of a panel
+};
+
+// The kernel of the panel that suits so many tokens; `value` is the element type of values, `columns` what a panel
+// holds.
+using ChooseSparseDeltaMm = SparseDeltaMm (*)(Element x, Element value, bool wide_col, int64_t columns, int64_t tokens);
+
 // One run of the sorted list of one weight. The pointers but `weight` and a dense `grad` are at the run's first entry.
 struct AdamWRun {
   void* weight;
@@ -137,6 +177,11 @@ struct CpuKernels {
   FuseAdapters (*fuse_adapters)(Element value, FusePolicy policy);
   // Whether count indices (int64 where wide, else int32) are strictly rising.
   bool (*strictly_rising)(const void* indices, int64_t count, bool wide);
+  ChooseSparseDeltaMm sparse_delta_mm;
+  // Whether borders (int64 where wide, else int32) never fall.
+  bool (*row_ptr_rises)(const void* row_ptr, int64_t count, bool wide);
+  // Whether columns are sorted and unique in each row, and lie in [0, columns).
+  bool (*columns_fit)(const CsrRows&);
 };
 
 extern const CpuKernels base_kernels;

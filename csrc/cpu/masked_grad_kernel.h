@@ -12,8 +12,8 @@
 // are added by the processor's dot product.
 #pragma once
 
-#include "../shared/element.h"
 #include "kernels.h"
+#include "vectors.h"
 
 namespace shira::SHIRA_ISA {
 
@@ -36,65 +36,6 @@ struct Panel<BFloat16> {
 };
 #endif
 
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(SHIRA_VECTOR_BYTES)));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-constexpr int64_t kLanes = SHIRA_VECTOR_BYTES / sizeof(T);
-
-template <class To, class From>
-inline To load(const From* from) {
-  To to;
-  memcpy(&to, from, sizeof(to));
-  return to;
-}
-
-// Lanes of a and b, those of b numbered after those of a.
-template <class V, size_t... lane>
-inline V shuffled(V a, V b, std::index_sequence<lane...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, lane...);
-#else  // GCC has __builtin_shufflevector since version 12 only
-  using Number = std::conditional_t<sizeof(V) / sizeof...(lane) == 2, int16_t,
-                                    std::conditional_t<sizeof(V) / sizeof...(lane) == 4, int32_t, int64_t>>;
-  return __builtin_shuffle(a, b, Vector<Number>{lane...});
-#endif
-}
-
-// One step of the transposition of a square of N rows: exchanges squares of S x S across the diagonal.
-template <int S, class V, size_t... lane>
-inline void exchange(V& a, V& b, std::index_sequence<lane...>) {
-  constexpr size_t N = sizeof...(lane);
-  const V first = shuffled(a, b, std::index_sequence<((lane & S) ? N + lane - S : lane)...>());
-  b = shuffled(a, b, std::index_sequence<((lane & S) ? N + lane : lane + S)...>());
-  a = first;
-}
-
-template <int S, class V, int N>
-inline void transpose(V (&rows)[N]) {
-  if constexpr (S < N) {
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i)
-      if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_index_sequence<N>());
-    transpose<2 * S>(rows);
-  }
-}
-
-template <class T>
-inline Vector<float> widened(const T* from) {
-  Vector<float> to;
-#if SHIRA_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<T, Half>) return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from));
-#elif SHIRA_VECTOR_BYTES == 32
-  if constexpr (std::is_same_v<T, Half>) return (Vector<float>)_mm256_cvtph_ps(load<__m128i>(from));
-#endif
-  for (int i = 0; i < kLanes<float>; ++i) to[i] = widen(from[i]);
-  return to;
-}
-
 // A square of the operand, transposed: kLanes columns, from as many tokens as a vector of the panel's elements holds.
 template <class T>
 struct Square {
@@ -103,15 +44,7 @@ struct Square {
   static constexpr int64_t kColumns = kLanes<P>;
 
   static void copy(const T* from, int64_t pitch, P* to, int64_t stride) {
-    Vector<P> rows[kColumns];
-    for (int i = 0; i < kTokens; ++i) {
-      if constexpr (std::is_same_v<T, P>)
-        rows[i] = load<Vector<P>>(from + i * pitch);
-      else
-        rows[i] = widened(from + i * pitch);
-    }
-    transpose<1>(rows);
-    for (int i = 0; i < kColumns; ++i) memcpy(to + i * stride, &rows[i], sizeof(rows[i]));
+    copy_square<kTokens>([&](int i) { return from + i * pitch; }, to, stride);
   }
 };
 
@@ -167,34 +100,10 @@ void pack(const PackBlock& block) {
     }
 }
 
-inline Vector<float> add_product(Vector<float> sum, Vector<float> a, Vector<float> b) {
-#if SHIRA_VECTOR_BYTES == 64
-  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif SHIRA_VECTOR_BYTES == 32
-  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-  return sum + a * b;
-#endif
-}
-
-inline Vector<double> add_product(Vector<double> sum, Vector<double> a, Vector<double> b) {
-#if SHIRA_VECTOR_BYTES == 64
-  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
-#elif SHIRA_VECTOR_BYTES == 32
-  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
-#else
-  return sum + a * b;
-#endif
-}
-
 #ifdef SHIRA_DOT_BF16
 inline Vector<float> add_product(Vector<float> sum, Vector<uint16_t> a, Vector<uint16_t> b) {
   return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
-template <>
-struct VectorOf<BFloat16> {
-  using type = Vector<uint16_t>;
-};
 #endif
 
 template <int S, class V, size_t... lane>

@@ -1,0 +1,26 @@
+// add_sparse_delta_mm_batched on the CPU: sparse_delta_mm of each adapter's tokens, added to an output.
+#include "sparse_delta_mm.h"
+
+namespace shira {
+
+static void add_sparse_delta_mm_batched(const Tensor& out, const Tensor& x, const Tensor& token_adapter,
+                                        const Tensor& row_ptr, const Tensor& col, const Tensor& values,
+                                        const std::optional<Tensor>& page_table) {
+  constexpr const char* kOp = "add_sparse_delta_mm_batched";
+  if (out.dim() == 0) fail(kOp, "out", "must have at least one dimension, [..., out]");
+  check_adapters(kOp, x, token_adapter, row_ptr, col, values, out.size(out.dim() - 1), page_table);
+  check_out(kOp, out, x);
+  const Tensor inputs = torch::stable::contiguous(x);
+  std::vector<Argument> read = {{"token_adapter", token_adapter}, {"row_ptr", row_ptr}, {"col", col}};
+  if (page_table) read.push_back({"page_table", *page_table});
+  check_in_place(kOp, out, inputs, values, std::move(read));
+  const TokenGroups groups = tokens_by_adapter(kOp, inputs, token_adapter, row_ptr, col, values, page_table);
+  announce_write(kOp, {"out", out});
+  multiply(groups, inputs, values, out, true);
+}
+
+}  // namespace shira
+
+STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+  m.impl("add_sparse_delta_mm_batched", TORCH_BOX(&shira::add_sparse_delta_mm_batched));
+}

@@ -1,0 +1,61 @@
+// What sparse_delta_mm and its in-place and batched forms share: checks of the form, groups of tokens, and the product.
+//
+// A call's tokens go in groups of one adapter. All ops are the same from there: checks of the entries, and then blocks
+// of a group's tokens times its adapter's rows. A call without adapters is one group.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "csr.h"
+
+namespace shira {
+
+// Rows of an adapter whose entries lie side by side.
+struct DeltaPiece {
+  CsrRows rows;
+  const void* values;
+};
+
+// Tokens [begin, end) of a list, which have one adapter. Its pieces, in order, make up all rows; they have one row_ptr.
+struct TokenGroup {
+  int64_t begin, end;
+  std::vector<DeltaPiece> pieces;
+
+  CsrRows all() const {
+    CsrRows rows = pieces.front().rows;
+    rows.end = pieces.back().rows.end;
+    return rows;
+  }
+};
+
+struct TokenGroups {
+  std::vector<int64_t> tokens;  // in the order of the groups
+  std::vector<TokenGroup> groups;
+  std::vector<std::vector<char>> copies;  // of rows that cross from one page to the next
+};
+
+// The form of x, and of values beside col.
+void check_operands(const char* op, const Tensor& x, const Tensor& col, const Tensor& values);
+// The form of what is added to.
+void check_out(const char* op, const Tensor& out, const Tensor& x);
+// The form of stacked adapters with so many rows each.
+void check_adapters(const char* op, const Tensor& x, const Tensor& token_adapter, const Tensor& row_ptr,
+                    const Tensor& col, const Tensor& values, int64_t rows, const std::optional<Tensor>& page_table);
+// Neither `read` nor x and values may require grad, nor share memory with out.
+void check_in_place(const char* op, const Tensor& out, const Tensor& x, const Tensor& values,
+                    std::vector<Argument> read);
+
+// One group of all tokens. Checks what the matrix holds.
+TokenGroups all_tokens(const char* op, const Tensor& x, const CsrRows& all, const Tensor& values);
+// The tokens of each adapter that has any. Checks what those adapters hold.
+TokenGroups tokens_by_adapter(const char* op, const Tensor& x, const Tensor& token_adapter, const Tensor& row_ptr,
+                              const Tensor& col, const Tensor& values, const std::optional<Tensor>& page_table);
+
+// [..., rows] like x, not initialised.
+Tensor new_output(const Tensor& x, int64_t rows);
+
+// Adds to `out`, or writes its tokens that are in a group. x is contiguous.
+void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, const Tensor& out, bool accumulate);
+
+}  // namespace shira

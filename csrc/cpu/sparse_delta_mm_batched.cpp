@@ -1,0 +1,27 @@
+// sparse_delta_mm_batched on the CPU: sparse_delta_mm of each adapter's tokens.
+#include <cstring>
+
+#include "sparse_delta_mm.h"
+
+namespace shira {
+
+static Tensor sparse_delta_mm_batched(const Tensor& x, const Tensor& token_adapter, const Tensor& row_ptr,
+                                      const Tensor& col, const Tensor& values, int64_t out_features,
+                                      const std::optional<Tensor>& page_table) {
+  constexpr const char* kOp = "sparse_delta_mm_batched";
+  check_adapters(kOp, x, token_adapter, row_ptr, col, values, out_features, page_table);
+  const TokenGroups groups = tokens_by_adapter(kOp, x, token_adapter, row_ptr, col, values, page_table);
+  Tensor out = new_output(x, out_features);
+  const auto* adapter_of = static_cast<const int32_t*>(token_adapter.data_ptr());
+  const int64_t row_bytes = out_features * static_cast<int64_t>(out.element_size());
+  for (int64_t t = 0; t < token_adapter.numel(); ++t)
+    if (adapter_of[t] < 0) std::memset(static_cast<char*>(out.data_ptr()) + t * row_bytes, 0, row_bytes);
+  multiply(groups, torch::stable::contiguous(x), values, out, false);
+  return out;
+}
+
+}  // namespace shira
+
+STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+  m.impl("sparse_delta_mm_batched", TORCH_BOX(&shira::sparse_delta_mm_batched));
+}

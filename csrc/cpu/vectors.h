@@ -1,0 +1,152 @@
+// Vectors of numbers, for one instruction set: loads that widen, stores that round, transposition of squares, products
+// added to sums. For kernels that pack their operands.
+#pragma once
+
+#include "../shared/element.h"
+
+namespace shira::SHIRA_ISA {
+
+// N numbers of one type; T itself for one.
+template <class T, int N>
+struct LanesOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T>
+struct LanesOf<T, 1> {
+  using type = T;
+};
+template <class T, int N>
+using Lanes = typename LanesOf<T, N>::type;
+
+template <class T>
+constexpr int64_t kLanes = SHIRA_VECTOR_BYTES / sizeof(T);
+
+// What fills a register. Vectors of bfloat16 are their bits.
+template <class T>
+struct VectorOf {
+  using type = Lanes<T, kLanes<T>>;
+};
+template <>
+struct VectorOf<BFloat16> {
+  using type = Lanes<uint16_t, kLanes<uint16_t>>;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+template <class To, class From>
+inline To load(const From* from) {
+  To to;
+  memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+// Lanes of a and b, those of b numbered after those of a.
+template <class V, size_t... lane>
+inline V shuffled(V a, V b, std::index_sequence<lane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, lane...);
+#else  // GCC has __builtin_shufflevector since version 12 only
+  constexpr int N = sizeof...(lane);
+  using Number =
+      std::conditional_t<sizeof(V) / N == 2, int16_t, std::conditional_t<sizeof(V) / N == 4, int32_t, int64_t>>;
+  return __builtin_shuffle(a, b, Lanes<Number, N>{lane...});
+#endif
+}
+
+// One step of the transposition of a square of N rows: exchanges squares of S x S across the diagonal.
+template <int S, class V, size_t... lane>
+inline void exchange(V& a, V& b, std::index_sequence<lane...>) {
+  constexpr size_t N = sizeof...(lane);
+  const V first = shuffled(a, b, std::index_sequence<((lane & S) ? N + lane - S : lane)...>());
+  b = shuffled(a, b, std::index_sequence<((lane & S) ? N + lane : lane + S)...>());
+  a = first;
+}
+
+template <int S, class V, int N>
+inline void transpose(V (&rows)[N]) {
+  if constexpr (S < N) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_index_sequence<N>());
+    transpose<2 * S>(rows);
+  }
+}
+
+// N neighbours in the type that arithmetic on T is done in.
+template <int N, class T>
+inline Lanes<typename Compute<T>::type, N> widened(const T* from) {
+  using C = typename Compute<T>::type;
+  if constexpr (std::is_same_v<T, C>) {
+    return load<Lanes<C, N>>(from);
+  } else if constexpr (N == 1) {
+    return widen(*from);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return (Lanes<float, N>)(__builtin_convertvector(load<Lanes<uint16_t, N>>(from), Lanes<uint32_t, N>) << 16);
+  } else {
+#if SHIRA_VECTOR_BYTES == 64
+    if constexpr (N == 16) return (Lanes<float, N>)_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from));
+#endif
+#if SHIRA_VECTOR_BYTES >= 32
+    if constexpr (N == 8) return (Lanes<float, N>)_mm256_cvtph_ps(load<__m128i>(from));
+#endif
+    Lanes<float, N> to;
+    for (int i = 0; i < N; ++i) to[i] = widen(from[i]);
+    return to;
+  }
+}
+
+// N neighbours, rounded as narrow() does.
+template <int N, class T>
+inline void store_narrowed(Lanes<typename Compute<T>::type, N> from, T* to) {
+  if constexpr (std::is_same_v<T, typename Compute<T>::type>) {
+    memcpy(to, &from, sizeof(from));
+  } else if constexpr (N == 1) {
+    *to = narrow<T>(from);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto bits = (Lanes<uint32_t, N>)from;
+    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const auto kept = __builtin_convertvector(from != from ? (bits >> 16) | 0x40u : rounded, Lanes<uint16_t, N>);
+    memcpy(to, &kept, sizeof(kept));
+  } else {
+    float numbers[N];
+    memcpy(numbers, &from, sizeof(from));
+    for (int i = 0; i < N; ++i) to[i] = narrow<T>(numbers[i]);
+  }
+}
+
+// sum + a b: one rounding where the processor has such an instruction, else two.
+template <class V>
+inline V add_product(V sum, V a, V b) {
+#if SHIRA_VECTOR_BYTES >= 32
+  if constexpr (std::is_same_v<V, float>)
+    return __builtin_fmaf(a, b, sum);
+  else if constexpr (std::is_same_v<V, double>)
+    return __builtin_fma(a, b, sum);
+  else if constexpr (std::is_same_v<V, Lanes<float, 4>>)
+    return (V)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)sum);
+  else if constexpr (std::is_same_v<V, Lanes<float, 8>>)
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+  else if constexpr (std::is_same_v<V, Lanes<double, 4>>)
+    return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#if SHIRA_VECTOR_BYTES == 64
+  else if constexpr (std::is_same_v<V, Lanes<float, 16>>)
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+  else
+    return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#endif
+#else
+  return sum + a * b;
+#endif
+}
+
+// A square of an operand, transposed: N columns from as many rows. row(i) points to its elements in row i; columns
+// are `stride` apart at `to`.
+template <int N, class Row, class C>
+inline void copy_square(const Row& row, C* to, int64_t stride) {
+  Lanes<C, N> rows[N];
+  for (int i = 0; i < N; ++i) rows[i] = widened<N>(row(i));
+  transpose<1>(rows);
+  for (int i = 0; i < N; ++i) memcpy(to + i * stride, &rows[i], sizeof(rows[i]));
+}
+
+}  // namespace shira::SHIRA_ISA
