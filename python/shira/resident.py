@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from shira import arena, layers, unfused
+from shira import arena, unfused
 from shira.adapter import Adapter, checksum_of
 from shira.arena import Arena, Kept, Key, Piece, Pieces, Plan, Share, Write, Written, base_entries
 from shira.attach import check_base, check_claim, check_fits, claim, users_of
@@ -70,8 +70,8 @@ class ResidentAdapters:
     `batch` leaves the weights alone and gives each row of a batch its own adapter, unfused; see docs/unfused.md.
 
     Several threads may call a bank; their calls wait for each other. While a thread or an asyncio task is inside
-    `using` or `batch`, switches and batches of others are refused. The bank does not know when the model runs: a forward
-    during a switch may see part of it. Nor does it know who else writes the weights: load or train them after
+    `using` or `batch`, switches and batches of others are refused. The bank does not know when the model runs: a
+    forward during a switch may see part of it. Nor does it know who else writes the weights: load or train them after
     `switch(None)`.
 
     A tied weight (one parameter under several names) is one tensor, under any of its names. A parameter that shares
@@ -371,6 +371,7 @@ class ResidentAdapters:
                     batch.modules.append(module)
                     unfused.enter(module, table, self._rows[weight.device])
 
+    @torch.no_grad()
     def _close(self, batch: _Batch) -> None:
         for module in batch.modules:
             unfused.leave(module)
@@ -401,7 +402,6 @@ class ResidentAdapters:
         for target in targets:
             if target in self._pages.residents:
                 needed[target] = self._pages.residents[target].counts
-                self._pages.residents.move_to_end(target)
             elif len(target) == 1:
                 needed[target] = _counts(self._residents[target[0][0]])
             else:
@@ -416,7 +416,9 @@ class ResidentAdapters:
         self._pages.hits += known
         self._pages.misses += len(targets) - known
         for target, counts in needed.items():
-            if target not in self._pages.residents:
+            if target in self._pages.residents:
+                self._pages.residents.move_to_end(target)
+            else:
                 self._pages.bring_in(target, counts, self._deltas(target, plans.get(target)))
 
     def _deltas(self, target: Target, plan: Plan | None) -> Deltas:
@@ -451,7 +453,7 @@ class ResidentAdapters:
                     self._obstacles[name] = f"{tensor_name}: {reason}"
                     return
                 linears[weight] = [module for _, module, _ in users[weight]]
-                transposed[weight] = bool(layers.is_transposed(linears[weight][0]))
+                transposed[weight] = bool(unfused.is_transposed(linears[weight][0]))
         self._linears.update(linears)
         self._pages.register(_counts(pieces), transposed)
 
@@ -459,7 +461,7 @@ class ResidentAdapters:
         """The layers still are what they were when adapters were added."""
         for modules in self._linears.values():
             for module in modules:
-                if layers.is_transposed(module) is None or "forward" in vars(module):
+                if unfused.is_transposed(module) is None or "forward" in vars(module):
                     raise RuntimeError(
                         f"batch: the forward of a {type(module).__name__} was replaced since an adapter was added"
                     )

@@ -150,8 +150,14 @@ def _with_delta(out: torch.Tensor, x: torch.Tensor, table: Table, rows: Rows) ->
 
 @functools.cache
 def _unfused_class(mixin: type[_UnfusedLinear], original: type[nn.Module]) -> type[_UnfusedLinear]:
-    namespace = {"shira_original": original, "__module__": original.__module__}
+    # Not torch's own `__module__`: of torch's classes torch.compile takes all shapes for constants.
+    namespace = {"shira_original": original, "__module__": __name__}
     return type(f"Unfused{original.__name__}", (mixin, original), namespace)
+
+
+def is_transposed(module: nn.Module) -> bool | None:
+    """`layers.is_transposed`, also while a batch is open."""
+    return isinstance(module, _UnfusedConv1D) if isinstance(module, _UnfusedLinear) else layers.is_transposed(module)
 
 
 def bypassed(model: nn.Module) -> set[nn.Module]:
@@ -169,7 +175,7 @@ def obstacle(weight: torch.Tensor, users: Users, skipped: set[nn.Module]) -> str
     """Why a batch cannot add a delta of this parameter, if that is so. skipped: what `bypassed` gave."""
     directions = set()
     for name, module, role in users[weight]:
-        directions.add(layers.is_transposed(module))
+        directions.add(is_transposed(module))
         if None in directions or role != "weight" or weight.dtype not in _DTYPES:
             return f"it is the {role} ({weight.dtype}) of {name!r}, a {type(module).__name__}"
         if module in skipped:
