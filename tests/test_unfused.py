@@ -668,7 +668,8 @@ def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_fuses_once_unfused_has_cost_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 10)
+    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 16)
+    monkeypatch.setattr(unfused, "FORWARD_TOKENS", 3)
     model, count = Small(), Count(monkeypatch)
     bank = small_bank(model)
     want = alone(bank, ["a2"], lambda _: model(inputs(2, 2, 12)))[0]

@@ -19,9 +19,11 @@ from shira import layers
 from shira.pages import Table
 from shira_kernels import add_sparse_delta_mm_batched, sparse_delta_mm_batched
 
-# Where unfused inference has cost as much as switching in and out, in tokens that the block has run. From
-# bench/bench_unfused.py, test_fused_or_unfused: the tokens at which the two lines cross.
-FUSE_AFTER_TOKENS = 64
+# When unfused inference has cost as much as switching in and out, in tokens that the block has run; a forward costs as
+# much as FORWARD_TOKENS beside its tokens, since it reads all entries. From bench/bench_unfused.py,
+# test_fused_or_unfused (1 thread, hidden 1024, 1 %, float32): after 4 forwards of 1 token, 3 of 8, 2 of 32, 1 of 128.
+FUSE_AFTER_TOKENS = 128
+FORWARD_TOKENS = 32
 
 MODES = ("auto", "fused", "unfused")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -102,7 +104,7 @@ class Meter:
         if self._first is None:
             self._first = module
         if module is self._first and not self._fused:
-            self._tokens += x.shape[:-1].numel()
+            self._tokens += x.shape[:-1].numel() + FORWARD_TOKENS
             # Autograd may have kept weights for a backward; a captured graph would hold the switch.
             capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
             if self._tokens > FUSE_AFTER_TOKENS and not torch.is_grad_enabled() and not capturing:
