@@ -10,7 +10,7 @@ bfloat16 a fourth of the positions to keep, to check and to read, for float32 ha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -188,6 +188,16 @@ def mixed(base: torch.Tensor, shares: list[Share], strengths: dict[str, float]) 
     base: the base's entries of the merged arena. A single adapter's values at strength 1 are copied as they are.
     """
     old = base.to(torch.promote_types(base.dtype, torch.float32))
+    delta = mixed_delta(old, shares, strengths)
+    result = (old + delta).to(base.dtype)
+    for share in shares:
+        if len(strengths) == 1 and strengths[share.adapter] == 1.0 and not share.piece.additive:
+            result[share.positions] = share.piece.values
+    return result
+
+
+def mixed_delta(old: torch.Tensor, shares: list[Share], strengths: Mapping[str, float]) -> torch.Tensor:
+    """What a mix adds to the base's entries `old`, which are float32 or more; not rounded to the weight's dtype."""
     alone = len(strengths) == 1
     delta = torch.zeros_like(old)
     for share in shares:
@@ -198,11 +208,7 @@ def mixed(base: torch.Tensor, shares: list[Share], strengths: dict[str, float]) 
             delta.index_copy_(0, share.positions.long(), change * strengths[share.adapter])
         else:
             scatter_apply(delta, share.positions, change, strengths[share.adapter], additive=True)
-    result = (old + delta).to(base.dtype)
-    for share in shares:
-        if alone and strengths[share.adapter] == 1.0 and not share.piece.additive:
-            result[share.positions] = share.piece.values
-    return result
+    return delta
 
 
 def base_entries(weight: torch.Tensor, indices: torch.Tensor, kept: Kept) -> torch.Tensor:

@@ -191,7 +191,7 @@ def attach_with(
         raise RuntimeError("the model has entries attached already: detach them first")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("attach must not be called in torch.inference_mode(): what it makes could not be trained")
-    users = _users(model)
+    users = users_of(model)
     saved: tuple[str, ...] = ()
     if isinstance(what, ShiraConfig):
         weights = match(model, what)
@@ -249,7 +249,7 @@ def claim(weight: torch.Tensor, owner: object) -> None:
 Users = Mapping[torch.Tensor, list[tuple[str, nn.Module, str]]]
 
 
-def _users(model: nn.Module) -> Users:
+def users_of(model: nn.Module) -> Users:
     """For each parameter the modules that have it, in the model's order: their names and what they call it."""
     users: dict[torch.Tensor, list[tuple[str, nn.Module, str]]] = {}
     for name, module in model.named_modules():

@@ -583,6 +583,12 @@ def mixin_of(module: nn.Module) -> type[Attached] | None:
     return None
 
 
+def is_transposed(module: nn.Module) -> bool | None:
+    """Whether a linear layer's weight is [in, out]; None for another layer, or one with a forward of its own."""
+    mixin = mixin_of(module)
+    return mixin.shira_transposed if mixin is not None and issubclass(mixin, _AttachedLinear) else None
+
+
 def is_linear(module: nn.Module) -> bool:
     conv1d = _transformers_conv1d()
     return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))

@@ -7,24 +7,22 @@ import contextlib
 import itertools
 import numbers
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import nn
 
-from shira import arena
+from shira import arena, unfused
 from shira.adapter import Adapter, checksum_of
 from shira.arena import Arena, Kept, Key, Piece, Pieces, Plan, Share, Write, Written, base_entries
-from shira.attach import check_base, check_claim, check_fits, claim
+from shira.attach import check_base, check_claim, check_fits, claim, users_of
+from shira.interrupts import interrupts_held
 from shira.names import first_names, resolve
-
-# Signals whose handlers commonly raise; SIGINT is held first and let through last.
-_INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
+from shira.pages import Counts, Deltas, Pages, Target
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,13 @@ class BankStats:
             needs beside its own, since it has aligned runs and is not active at strength 1.
         switches: how many there were; `using` makes two.
         last_switch_us: duration of the last one in us, on a GPU until all was launched; None before the first.
+        unfused_bytes: of the pages and tables of unfused adapters, on the model's devices.
+        pages: how many pages there are, of 1024 entries each.
+        pages_used: those that hold something.
+        resident: the adapters and mixes in them, as `switch` takes them, the least recently used first.
+        hits: adapters and mixes that a batch found there.
+        misses: those that had to be brought in.
+        evictions: those that made room.
     """
 
     adapter_bytes: dict[str, int]
@@ -45,6 +50,13 @@ class BankStats:
     plan_bytes: int
     switches: int
     last_switch_us: float | None
+    unfused_bytes: int = 0
+    pages: int = 0
+    pages_used: int = 0
+    resident: list[str | dict[str, float]] = field(default_factory=list)
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
 
 
 class ResidentAdapters:
@@ -55,18 +67,25 @@ class ResidentAdapters:
     whole or not at all: after an error or an interrupt the weights are as before it. The model's parameters, their
     dtypes and devices must stay those that were there when an adapter was added.
 
+    `batch` leaves the weights alone and gives each row of a batch its own adapter, unfused; see docs/unfused.md.
+
     Several threads may call a bank; their calls wait for each other. While a thread or an asyncio task is inside
-    `using`, switches of others are refused. The bank does not know when the model runs: a forward during a switch may
-    see part of it. Nor does it know who else writes the weights: load or train them after `switch(None)`.
+    `using` or `batch`, switches and batches of others are refused. The bank does not know when the model runs: a
+    forward during a switch may see part of it. Nor does it know who else writes the weights: load or train them after
+    `switch(None)`.
 
     A tied weight (one parameter under several names) is one tensor, under any of its names. A parameter that shares
     memory with another one, without being the same, is refused.
 
     Args:
         model: any module. Names of its parameters are those of its state dict; PEFT's prefixes are understood.
+        device_budget: bytes that unfused adapters may take on the model's devices. Adapters then live in host memory
+            and are brought in when a batch needs them; the least recently used makes room. None: all stay there.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, device_budget: int | None = None) -> None:
+        if device_budget is not None and (not _is_int(device_budget) or device_budget <= 0):
+            raise ValueError(f"device_budget must be a positive number of bytes or None, got {device_budget!r}")
         self._model = model
         self._lock = threading.RLock()
         self._residents: dict[str, Pieces] = {}
@@ -77,6 +96,11 @@ class ResidentAdapters:
         self._staged_plan: Plan | None = None
         self._stream: torch.cuda.Stream | None = None  # that brings them
         self._users: list[_User] = []  # of open `using` blocks
+        self._batch: _Batch | None = None  # the open one
+        self._pages = Pages(device_budget)
+        self._obstacles: dict[str, str] = {}  # why an adapter cannot be unfused
+        self._linears: dict[torch.Tensor, list[nn.Module]] = {}  # of weights that batches change, the layers
+        self._rows: dict[torch.device, unfused.Rows] = {}
         self._homes: dict[torch.Tensor, tuple[nn.Module, str]] = {}  # the module of each weight, and what it calls it
         self._switches = 0
         self._last_switch_us: float | None = None
@@ -97,9 +121,7 @@ class ResidentAdapters:
         """
         if self._active is None:
             raise RuntimeError("a switch failed, and so did the way back: switch(None) gives the base back")
-        if list(self._active.values()) == [1.0]:
-            return next(iter(self._active))
-        return dict(self._active) or None
+        return _as_given(self._active) if self._active else None
 
     @property
     def stats(self) -> BankStats:
@@ -115,6 +137,13 @@ class ResidentAdapters:
                 + self._further_index_bytes(),
                 switches=self._switches,
                 last_switch_us=self._last_switch_us,
+                unfused_bytes=self._pages.nbytes,
+                pages=self._pages.count,
+                pages_used=self._pages.used,
+                resident=[_as_given(dict(target)) for target in self._pages.residents],
+                hits=self._pages.hits,
+                misses=self._pages.misses,
+                evictions=self._pages.evictions,
             )
 
     @torch.no_grad()
@@ -134,7 +163,8 @@ class ResidentAdapters:
             adapter: the adapter or its file.
             force: take it also if it was made for another base.
             check_finite: refuse values that are NaN or infinite. Without it they are written, and revert exactly.
-            on_host: keep it in host memory, pinned for a model on a GPU, until it is staged or switched to.
+            on_host: keep it in host memory, pinned for a model on a GPU, until it is staged or switched to. With a
+                device_budget all are.
 
         Raises:
             ValueError: the name is taken, the model lacks a tensor, or has it with another shape or dtype, the adapter
@@ -158,14 +188,21 @@ class ResidentAdapters:
         with self._lock:
             if name in self._residents:
                 raise ValueError(f"an adapter named {name!r} was added already")
-            self._residents[name] = self._prepare(adapter, force, on_host)
+            pieces = self._prepare(adapter, force, on_host or self._pages.budget is not None)
+            self._note_linears(name, pieces)
+            self._residents[name] = pieces
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter. Raises ValueError if there is none of that name, or it is active or `using` needs it."""
+        """Forgets an adapter. Raises ValueError if there is none of that name, or it is active, or `using` or `batch`
+        needs it."""
         with self._lock:
             self._check_names([name])
             if name in (self._active or {}) or any(name in user.before for user in self._users):
                 raise ValueError(f"{name!r} is in use: switch to something else first")
+            if self._batch is not None and name in self._batch.names:
+                raise ValueError(f"{name!r} is in use: leave batch() first")
+            if self._obstacles.pop(name, None) is None:
+                self._pages.forget(name, _counts(self._residents[name]))
             del self._residents[name]
             self._staged.pop(name, None)
             if self._staged_plan is not None and name in self._staged_plan.names:
@@ -202,9 +239,46 @@ class ResidentAdapters:
         with self._lock:
             wanted = self._normalized(target)
             self._check_users()
-            self._switch(wanted)
-            self._switches += 1
-            self._last_switch_us = (time.perf_counter_ns() - began) / 1e3
+            self._switch_counted(wanted, began)
+
+    @contextlib.contextmanager
+    def batch(
+        self, names: Sequence[str | Mapping[str, float] | None], *, mode: str = "auto", tokens: int | None = None
+    ) -> Iterator[None]:
+        """Inside the `with` block row i of the model's batch uses `names[i]`; the weights hold the base.
+
+        The linear layers that some adapter changes add each row's sparse delta to their output. The batch may be
+        expanded in the block, each row by as much (beam search, num_return_sequences), flattened or padded: a layer
+        that gets n rows uses `names[i // (n / len(names))]` for row i. Code compiled by torch.compile is made once for
+        batches, and not anew for other adapters.
+
+        Forwards of other threads inside the block use the batch too. Switches and further batches are refused, in this
+        thread too; `add`, `stage`, and `remove` of what the batch does not name are not.
+
+        Args:
+            names: for each row a name, strengths by name, or None for the base.
+            mode: "unfused" as above. "fused": one target must own all rows; the block switches to it, and back. "auto":
+                unfused, unless one target owns all rows and `tokens`, or the tokens that the block has run (outside of
+                compiled code), are so many that fusing is cheaper; or unless it can only be fused.
+            tokens: if known, how many the block will run.
+
+        Raises:
+            ValueError: `names` is no list or empty, a name is unknown or a strength not finite, an adapter changes
+                something else than weights of nn.Linear and Conv1D of transformers, or the adapters of the batch take
+                more than `device_budget`. In the block: a layer gets a number of rows that is no multiple of
+                len(names).
+            RuntimeError: an adapter is active; a batch is open, or another thread or task is inside `using`; another
+                bank or `attach` changes the weights; a parameter of the model was replaced by another one.
+        """
+        batch = _Batch(_caller())
+        try:
+            with self._lock:
+                self._open(batch, self._targets(names), mode, tokens)
+            yield
+        finally:
+            with self._lock, interrupts_held():
+                if self._batch is batch:
+                    self._close(batch)
 
     @contextlib.contextmanager
     def using(self, target: str | Mapping[str, float] | None) -> Iterator[None]:
@@ -218,7 +292,7 @@ class ResidentAdapters:
                 self.switch(target)
             yield
         finally:
-            with self._lock, _interrupts_held():
+            with self._lock, interrupts_held():
                 if user in self._users:
                     self._users.remove(user)
                 if self._active != user.before:
@@ -244,8 +318,153 @@ class ResidentAdapters:
                             )
 
     def _check_users(self) -> None:
+        if self._batch is not None:
+            own = self._batch.caller == _caller()
+            raise RuntimeError("leave batch() first" if own else "another thread or task is inside batch()")
         if any(user.caller != _caller() for user in self._users):
             raise RuntimeError("another thread or task is inside using(), which relies on what is active")
+
+    def _targets(self, names: Sequence[str | Mapping[str, float] | None]) -> list[Target]:
+        """What each row uses; empty for the base."""
+        if not isinstance(names, (list, tuple)):
+            raise ValueError(f"batch takes a list with a name, strengths by name, or None for each row, got {names!r}")
+        if not names:
+            raise ValueError("batch: names is empty; it must have one for each row")
+        return [tuple(sorted(self._normalized(name, "batch").items())) for name in names]
+
+    @torch.no_grad()
+    def _open(self, batch: _Batch, targets: list[Target], mode: str, tokens: int | None) -> None:
+        if mode not in unfused.MODES:
+            raise ValueError(f"mode must be one of {', '.join(unfused.MODES)}, got {mode!r}")
+        if tokens is not None and (not _is_int(tokens) or tokens < 0):
+            raise ValueError(f"tokens must be an integer that is not negative, or None, got {tokens!r}")
+        self._check_users()
+        if self._active != {}:
+            raise RuntimeError(f"batch: {self.active!r} is in the weights: switch(None) first")
+        distinct = set(targets)
+        if mode == "fused" and len(distinct) > 1:
+            raise ValueError(f"mode is 'fused', but the batch has {len(distinct)} different targets")
+        batch.names = {name for target in distinct for name, _ in target}
+        blocked = next((name for target in targets for name, _ in target if name in self._obstacles), None)
+        many = tokens is not None and tokens > unfused.FUSE_AFTER_TOKENS
+        if mode == "fused" or (mode == "auto" and len(distinct) == 1 and (many or blocked or targets[0] == ())):
+            with interrupts_held():
+                self._batch = batch
+            self._switch_counted(dict(targets[0]))
+            return
+        if blocked is not None:
+            raise ValueError(f"batch: {blocked!r} cannot be unfused: {self._obstacles[blocked]}; use switch")
+        self._check_weights(self._linears)
+        self._check_linears()
+        self._bring_in([target for target in dict.fromkeys(targets) if target])
+        meter = unfused.Meter(lambda: self._fuse_open(batch, dict(targets[0]))) if mode == "auto" else None
+        slots = [self._pages.residents[target].number if target else -1 for target in targets]
+        for device in {weight.device for weight in self._pages.tables}:
+            rows = self._rows.setdefault(device, unfused.Rows(device))
+            rows.set(slots, meter if len(distinct) == 1 else None)
+        with interrupts_held():
+            self._batch = batch
+            for weight, table in self._pages.tables.items():
+                claim(weight, self)
+                batch.weights.append(weight)
+                for module in self._linears[weight]:
+                    batch.modules.append(module)
+                    unfused.enter(module, table, self._rows[weight.device])
+
+    @torch.no_grad()
+    def _close(self, batch: _Batch) -> None:
+        for module in batch.modules:
+            unfused.leave(module)
+        self._batch = None
+        try:
+            if self._active != {}:
+                self._switch_counted({})
+        finally:
+            written = {weight for written in self._written.values() for weight in written.arena.weights}
+            for weight in batch.weights:
+                if weight not in written:
+                    claim(weight, None)
+
+    @torch.no_grad()
+    def _fuse_open(self, batch: _Batch, target: dict[str, float]) -> None:
+        """Goes on fused, if the batch is still open."""
+        with self._lock, interrupts_held():
+            if self._batch is batch:
+                self._switch_counted(target)
+                for rows in self._rows.values():
+                    rows.clear()
+
+    def _bring_in(self, targets: list[Target]) -> None:
+        """Makes all of these resident."""
+        self._await_staged()
+        plans: dict[Target, Plan] = {}
+        needed: dict[Target, Counts] = {}
+        for target in targets:
+            if target in self._pages.residents:
+                needed[target] = self._pages.residents[target].counts
+            elif len(target) == 1:
+                needed[target] = _counts(self._residents[target[0][0]])
+            else:
+                plans[target] = self._plan_for(dict(target))
+                needed[target] = {
+                    weight: part.stop - part.start
+                    for merged in plans[target].arenas.values()
+                    for weight, part in merged.parts
+                }
+        self._pages.make_room(needed)
+        known = sum(target in self._pages.residents for target in targets)
+        self._pages.hits += known
+        self._pages.misses += len(targets) - known
+        for target, counts in needed.items():
+            if target in self._pages.residents:
+                self._pages.residents.move_to_end(target)
+            else:
+                self._pages.bring_in(target, counts, self._deltas(target, plans.get(target)))
+
+    def _deltas(self, target: Target, plan: Plan | None) -> Deltas:
+        """What a target adds to the base, which the weights hold: computed in float32 or more, rounded once."""
+        strengths = dict(target)
+        if len(strengths) > 1:
+            plan = plan or self._plan_for(strengths)
+            deltas = []
+            for key, merged in plan.arenas.items():
+                base = _base_now(merged)
+                delta = arena.mixed_delta(base, plan.shares[key], strengths)
+                deltas.append((merged, delta.to(key[0])))
+            return deltas
+        deltas = []
+        [(name, strength)] = target
+        for key, group in self._on_device(name).items():
+            for piece in group:
+                entries = piece.arena.single()
+                delta = piece.values.to(torch.promote_types(key[0], torch.float32))
+                if not piece.additive:
+                    delta = delta - _base_now(entries)
+                deltas.append((entries, (delta * strength).to(key[0])))
+        return deltas
+
+    def _note_linears(self, name: str, pieces: Pieces) -> None:
+        """Whether a batch may use an adapter, and the layers that it then changes."""
+        users, skipped = users_of(self._model), unfused.bypassed(self._model)
+        linears, transposed = {}, {}
+        for piece in itertools.chain(*pieces.values()):
+            for tensor_name, weight in zip(piece.names, piece.arena.weights, strict=True):
+                if reason := unfused.obstacle(weight, users, skipped):
+                    self._obstacles[name] = f"{tensor_name}: {reason}"
+                    return
+                linears[weight] = [module for _, module, _ in users[weight]]
+                transposed[weight] = bool(unfused.is_transposed(linears[weight][0]))
+        self._linears.update(linears)
+        self._pages.register(_counts(pieces), transposed)
+
+    def _check_linears(self) -> None:
+        """The layers still are what they were when adapters were added."""
+        for modules in self._linears.values():
+            for module in modules:
+                if unfused.is_transposed(module) is None or "forward" in vars(module):
+                    raise RuntimeError(
+                        f"batch: the forward of a {type(module).__name__} was replaced since an adapter was added"
+                    )
 
     def _check_weights(self, weights: Iterable[torch.Tensor]) -> None:
         """They still are the model's parameters, and nobody else is changing them."""
@@ -269,12 +488,12 @@ class ResidentAdapters:
             if name not in self._residents:
                 raise ValueError(f"there is no adapter named {name!r}; there are {self.names}")
 
-    def _normalized(self, target: str | Mapping[str, float] | None) -> dict[str, float]:
+    def _normalized(self, target: str | Mapping[str, float] | None, caller: str = "switch") -> dict[str, float]:
         """A target as strengths by name; empty for the base."""
         if target is None:
             return {}
         if not isinstance(target, (str, Mapping)):
-            raise ValueError(f"switch takes a name, strengths by name, or None, got {target!r}")
+            raise ValueError(f"{caller} takes a name, strengths by name, or None, got {target!r}")
         strengths = {target: 1.0} if isinstance(target, str) else dict(target)
         if not strengths:
             raise ValueError("a mix must name at least one adapter; the base is None")
@@ -410,6 +629,12 @@ class ResidentAdapters:
             base[share.positions] = written.saved
         return base
 
+    def _switch_counted(self, wanted: dict[str, float], began: int | None = None) -> None:
+        began = time.perf_counter_ns() if began is None else began
+        self._switch(wanted)
+        self._switches += 1
+        self._last_switch_us = (time.perf_counter_ns() - began) / 1e3
+
     def _switch(self, wanted: dict[str, float]) -> None:
         self._await_staged()
         writes, plan = self._writes(wanted)
@@ -418,7 +643,7 @@ class ResidentAdapters:
         for entries in arenas.values():
             self._check_weights(entries.weights)
         before = self._active, self._plan
-        with _interrupts_held() as let_through:
+        with interrupts_held() as let_through:
             try:
                 self._write(writes)
                 let_through()
@@ -464,6 +689,16 @@ class ResidentAdapters:
         return kept
 
 
+@dataclass(eq=False)
+class _Batch:
+    """An open `batch` block: who opened it, whom it names, and what it changed."""
+
+    caller: tuple[int, int]
+    names: set[str] = field(default_factory=set)
+    modules: list[nn.Module] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
+
+
 @dataclass(frozen=True, eq=False)
 class _User:
     """An open `using` block: who opened it, and what comes back at its end."""
@@ -481,6 +716,30 @@ def _caller() -> tuple[int, int]:
     return threading.get_ident(), id(task)
 
 
+def _as_given(strengths: Mapping[str, float]) -> str | dict[str, float]:
+    return next(iter(strengths)) if list(strengths.values()) == [1.0] else dict(strengths)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _counts(pieces: Pieces) -> Counts:
+    """Entries of each weight."""
+    return {
+        weight: (part.stop - part.start) * piece.arena.unit
+        for piece in itertools.chain(*pieces.values())
+        for weight, part in piece.arena.parts
+    }
+
+
+def _base_now(entries: Arena) -> torch.Tensor:
+    """The base's entries, which the weights hold, in float32 or more."""
+    parts = [weight.detach().view(-1)[entries.indices[part]] for weight, part in entries.parts]
+    base = torch.cat(parts)
+    return base.to(torch.promote_types(base.dtype, torch.float32))
+
+
 def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.Tensor]) -> None:
     """No weight to be changed shares memory with another parameter, whose base would change with it."""
     reach, reaching = 0, None
@@ -491,28 +750,3 @@ def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.T
         end = weight.data_ptr() + (last + 1) * weight.element_size()
         if end > reach:
             reach, reaching = end, weight
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[Callable[[], None]]:
-    """Python's handlers of signals, which may raise between any two lines, wait until the block is left, or until the
-    function that it gives is called."""
-    held: list[tuple[int, Any]] = []
-    handlers: dict[int, Any] = {}
-
-    def let_through() -> None:
-        while held:
-            number, frame = held.pop(0)
-            handlers[number](number, frame)
-
-    try:
-        if threading.current_thread() is threading.main_thread():  # no other runs handlers
-            for number in _INTERRUPTS:
-                if callable(handler := signal.getsignal(number)):
-                    handlers[number] = handler
-                    signal.signal(number, lambda *caught: held.append(caught))
-        yield let_through
-    finally:
-        for number in reversed(handlers):
-            signal.signal(number, handlers[number])
-        let_through()

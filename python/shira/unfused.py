@@ -1,0 +1,216 @@
+"""Unfused adapters inside a model: what its linear layers become while a batch is open.
+
+A layer whose weight some adapter changes becomes, in place, of a subclass whose forward adds each row's own sparse
+delta to the layer's output. torch.compile guards on a module's class, so code compiled outside a batch is not used
+inside of it; which adapters there are is in tensors, whose contents it does not guard.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from shira import layers
+from shira.pages import Table
+from shira_kernels import add_sparse_delta_mm_batched, sparse_delta_mm_batched
+
+# When unfused inference has cost as much as switching in and out, in tokens that the block has run; a forward costs as
+# much as FORWARD_TOKENS beside its tokens, since it reads all entries. From bench/bench_unfused.py,
+# test_fused_or_unfused (1 thread, hidden 1024, 1 %, float32): after 4 forwards of 1 token, 3 of 8, 2 of 32, 1 of 128.
+FUSE_AFTER_TOKENS = 128
+FORWARD_TOKENS = 32
+
+MODES = ("auto", "fused", "unfused")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_KEPT = 16  # numbers of tokens whose adapters are kept
+
+Users = Mapping[torch.Tensor, Sequence[tuple[str, nn.Module, str]]]  # of each parameter: module's name, module, role
+
+
+class Rows:
+    """The slot that each row of the open batch uses (-1 for none), on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known: dict[int, dict[int, torch.Tensor]] = {}  # by rows, by tokens
+        self.slots = torch.empty(0)
+        self.meter: Meter | None = None
+        self._by_tokens: dict[int, torch.Tensor] = {}
+
+    def set(self, slots: Sequence[int], meter: Meter | None) -> None:
+        """Tensors that earlier batches of as many rows used are written, so that captured graphs read the new slots."""
+        with torch.inference_mode(False):
+            new = torch.tensor(slots, dtype=torch.int32, device=self._device)
+            known = self._known.setdefault(len(slots), {len(slots): torch.empty_like(new)})
+            for tokens, each in known.items():
+                each.copy_(_spread(new, tokens))
+        self.meter = meter
+        self._by_tokens = known
+        self.slots = known[len(slots)]
+
+    def clear(self) -> None:
+        """No row uses a slot any more."""
+        for each in self._by_tokens.values():
+            each.fill_(-1)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens] int32, for x [..., in]. Row i of n uses the name i // (n / names)."""
+        count = self.slots.shape[0]
+        rows = x.shape[0] if x.dim() > 1 else 1
+        if rows % count:
+            raise ValueError(f"batch: the model got {rows} rows, which is no multiple of the {count} names")
+        tokens = x.shape[:-1].numel()
+        if torch.compiler.is_compiling():
+            return _spread(self.slots, tokens)
+        known = self._by_tokens.get(tokens)
+        return known if known is not None else self._keep(tokens)
+
+    def _keep(self, tokens: int) -> torch.Tensor:
+        known = self._by_tokens
+        if len(known) > _KEPT:  # the first is `slots`
+            del known[next(iter([*known][1:]))]
+        with torch.inference_mode(False):
+            known[tokens] = _spread(self.slots, tokens).clone()
+        return known[tokens]
+
+
+def _spread(slots: torch.Tensor, tokens: int) -> torch.Tensor:
+    count = slots.shape[0]
+    return slots[:, None].expand(count, tokens // count).reshape(-1)
+
+
+class Meter:
+    """Counts the tokens of a batch that one adapter owns, and has it fused once they cost more than a switch.
+
+    Waiting until then never costs more than about twice what the better way would have cost. Fused and unfused are the
+    same function up to rounding, so it may happen between any two layers, but not inside of one: hence the lock, for
+    other threads may run the model too. Compiled code does not count.
+    """
+
+    def __init__(self, fuse: Callable[[], None]) -> None:
+        self.lock = threading.Lock()
+        self._fuse = fuse
+        self._fused = False
+        self._first: nn.Module | None = None  # that ran in this block: each of its calls is a forward of the model
+        self._tokens = 0
+
+    def is_fused(self, module: nn.Module, x: torch.Tensor) -> bool:
+        """Whether the weights hold the adapter, now that `module` is to run."""
+        if self._first is None:
+            self._first = module
+        if module is self._first and not self._fused:
+            self._tokens += x.shape[:-1].numel() + FORWARD_TOKENS
+            # Autograd may have kept weights for a backward; a captured graph would hold the switch.
+            capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+            if self._tokens > FUSE_AFTER_TOKENS and not torch.is_grad_enabled() and not capturing:
+                self._fuse()
+                self._fused = True
+        return self._fused
+
+
+class _UnfusedLinear(nn.Module):
+    """nn.Linear while a batch is open."""
+
+    shira_original: type[nn.Module]
+    shira_table: Table
+    shira_rows: Rows
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        table, rows = self.shira_table, self.shira_rows
+        meter = None if torch.compiler.is_compiling() else rows.meter
+        if meter is None:
+            return _with_delta(super().forward(input), input, table, rows)  # type: ignore[misc]
+        with meter.lock:
+            fused = meter.is_fused(self, input)
+            out: torch.Tensor = super().forward(input)  # type: ignore[misc]
+            return out if fused else _with_delta(out, input, table, rows)
+
+
+class _UnfusedConv1D(_UnfusedLinear):
+    """Conv1D of transformers while a batch is open."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def _with_delta(out: torch.Tensor, x: torch.Tensor, table: Table, rows: Rows) -> torch.Tensor:
+    """The layer's output `out` for `x`, with each row's delta."""
+    x = x.to(out.dtype)  # autocast rounds the layer's input too
+    adapters, pool = rows.of(x), table.pool
+    if out.requires_grad or not out.is_contiguous():
+        return out + sparse_delta_mm_batched(
+            x, adapters, table.row_ptr, pool.col, pool.values, out.shape[-1], table.page_table
+        )
+    add_sparse_delta_mm_batched(out, x, adapters, table.row_ptr, pool.col, pool.values, table.page_table)
+    return out
+
+
+@functools.cache
+def _unfused_class(mixin: type[_UnfusedLinear], original: type[nn.Module]) -> type[_UnfusedLinear]:
+    # Not torch's own `__module__`: of torch's classes torch.compile takes all shapes for constants.
+    namespace = {"shira_original": original, "__module__": __name__}
+    return type(f"Unfused{original.__name__}", (mixin, original), namespace)
+
+
+def is_transposed(module: nn.Module) -> bool | None:
+    """`layers.is_transposed`, also while a batch is open."""
+    return isinstance(module, _UnfusedConv1D) if isinstance(module, _UnfusedLinear) else layers.is_transposed(module)
+
+
+def bypassed(model: nn.Module) -> set[nn.Module]:
+    """Layers whose weights their owners read without calling them."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            found.update((module.linear1, module.linear2))
+        elif layers.is_bypassed(module):
+            found.add(module)
+    return found
+
+
+def obstacle(weight: torch.Tensor, users: Users, skipped: set[nn.Module]) -> str | None:
+    """Why a batch cannot add a delta of this parameter, if that is so. skipped: what `bypassed` gave."""
+    directions = set()
+    for name, module, role in users[weight]:
+        directions.add(is_transposed(module))
+        if None in directions or role != "weight" or weight.dtype not in _DTYPES:
+            return f"it is the {role} ({weight.dtype}) of {name!r}, a {type(module).__name__}"
+        if module in skipped:
+            return f"the module around {name!r} reads it without calling the layer"
+        if "forward" in vars(module):
+            return f"the forward of {name!r} was replaced (by hooks of another library?)"
+    return "one of the layers that share it has it transposed" if len(directions) > 1 else None
+
+
+def enter(module: nn.Module, table: Table, rows: Rows) -> None:
+    """Makes a linear layer add the deltas of a table."""
+    mixin = _UnfusedConv1D if layers.is_transposed(module) else _UnfusedLinear
+    _mark_dynamic(table)
+    vars(module).update(shira_table=table, shira_rows=rows)
+    module.__class__ = _unfused_class(mixin, type(module))  # type: ignore[arg-type]
+
+
+def leave(module: nn.Module) -> None:
+    """The way back of `enter`, wherever that was interrupted."""
+    if isinstance(module, _UnfusedLinear):
+        module.__class__ = module.shira_original  # type: ignore[assignment]
+    for name in ("shira_table", "shira_rows"):
+        vars(module).pop(name, None)
+
+
+def _mark_dynamic(table: Table) -> None:
+    """Compiled code need not be made anew for more slots or pages."""
+    if "torch._dynamo" in sys.modules:
+        for tensor, dims in (
+            (table.row_ptr, (0,)),
+            (table.page_table, (0, 1)),
+            (table.pool.col, (0,)),
+            (table.pool.values, (0,)),
+        ):
+            for dim in dims:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)

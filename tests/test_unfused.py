@@ -1,0 +1,929 @@
+"""ResidentAdapters.batch: every row is what it would be alone with its adapter fused, and the model stays as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import shira
+from shira import pages, unfused
+from shira.adapter import checksum_of
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+Row = Any  # a name, strengths by name, or None
+MIX = {"paint": 0.7, "green": 0.4}
+ROWS: list[Row] = ["blue", None, MIX, "paint"]
+VOCABULARY, PAD = 50, 0
+
+# Logits of a batch beside those of each row fused, as a share of the largest logit. float32: the same sum in another
+# order, in a few layers. In bfloat16 rows are compared with a float32 model: see `test_bfloat16_rounds_a_little_more`.
+FLOAT32_SHARE = 1e-5
+
+
+def llama(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+def gpt2(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.2,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    return transformers.GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def projections(model: nn.Module) -> list[str]:
+    """Weights of linear layers that share theirs with none."""
+    return [n for n, p in model.named_parameters() if p.dim() == 2 and not any(k in n for k in ("wte", "wpe", "embed"))]
+
+
+def make(
+    model: nn.Module, seed: int, names: list[str] | None = None, density: float = 0.15, kind: str = "replace"
+) -> shira.Adapter:
+    """An adapter of random entries for a model that holds its base."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for i, name in enumerate(projections(model) if names is None else names):
+        weight = model.get_parameter(name).detach()
+        nnz = max(1, int(weight.numel() * density))
+        indices = torch.randperm(weight.numel(), generator=generator)[:nnz].sort().values
+        indices = indices.int() if i % 2 else indices
+        base = weight.reshape(-1)[indices.long()]
+        change = (torch.randn(nnz, generator=generator) * 0.3).to(weight.dtype)
+        values = change if kind == "add" else base + change
+        tensors[name] = shira.AdapterTensor(indices, values, tuple(weight.shape), weight.dtype, kind, checksum_of(base))
+    return shira.Adapter(tensors)
+
+
+def bank_of(model: nn.Module, **options: Any) -> shira.ResidentAdapters:
+    bank = shira.ResidentAdapters(model, **options)
+    bank.add("blue", make(model, 1))
+    bank.add("paint", make(model, 2, kind="add"))
+    bank.add("green", make(model, 3, projections(model)[::2]))
+    return bank
+
+
+def alone(bank: shira.ResidentAdapters, rows: list[Row], run: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
+    """What `run(i)` gives for each row with its adapter fused."""
+    results = []
+    for i, row in enumerate(rows):
+        with bank.using(row), torch.no_grad():
+            results.append(run(i))
+    return results
+
+
+def close(got: torch.Tensor, want: torch.Tensor, share: float = FLOAT32_SHARE) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=share * float(want.abs().max()))
+
+
+def shape_of(model: nn.Module) -> list[Any]:
+    """What must not change: modules, their classes, attributes and hooks, and the bits of the weights."""
+    return [
+        (name, module, type(module), {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules")})
+        for name, module in model.named_modules()
+    ]
+
+
+def weight_bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone().view(torch.uint8) for n, p in model.named_parameters()}
+
+
+@contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    before, weights = shape_of(model), weight_bits(model)
+    yield
+    assert str(shape_of(model)) == str(before)
+    assert all(torch.equal(bits, weights[name]) for name, bits in weight_bits(model).items())
+    assert not any(hasattr(p, "_shira_owner") for p in model.parameters())
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask [4, 9], padded on the left."""
+    ids = torch.randint(2, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    for i, padding in enumerate((0, 3, 1, 5)):
+        ids[i, :padding], mask[i, :padding] = PAD, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("make_model", [llama, gpt2])
+def test_logits_are_those_of_each_row_alone(make_model: Callable[[], Any]) -> None:
+    model = make_model()
+    bank, (ids, mask) = bank_of(model), prompts()
+    want = alone(bank, ROWS, lambda i: model(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1]).logits[0])
+    with left_alone(model), torch.no_grad(), bank.batch(ROWS, mode="unfused"):
+        got = model(input_ids=ids, attention_mask=mask).logits
+    base = alone(bank, [None], lambda _: model(input_ids=ids, attention_mask=mask).logits)[0]
+    for i, row in enumerate(ROWS):
+        real = mask[i].bool()
+        close(got[i][real], want[i][real])
+        differs = float((base[i][real] - want[i][real]).abs().max())
+        assert row is None or differs > 0.1 * float(want[i].abs().max())
+
+
+@pytest.mark.parametrize("make_model", [llama, gpt2])
+def test_bfloat16_rounds_a_little_more(make_model: Callable[..., Any]) -> None:
+    """A fused layer rounds once. Unfused, the base product, the delta's entries and the sum are rounded: three times as
+    much at most, beside what float32 gives with the same weights."""
+    model = make_model(torch.bfloat16)
+    bank, (ids, _) = bank_of(model), prompts()
+    with left_alone(model), torch.no_grad(), bank.batch(ROWS, mode="unfused"):
+        got = model(input_ids=ids).logits
+    for i, row in enumerate(ROWS):
+        with bank.using(row), torch.no_grad():
+            fused = model(input_ids=ids[i : i + 1]).logits[0].float()
+            exact_model = make_model()
+            exact_model.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
+            exact = exact_model(input_ids=ids[i : i + 1]).logits[0]
+        error, fused_error = ((logits - exact).square().mean().sqrt() for logits in (got[i].float(), fused))
+        assert error < 3 * fused_error
+        assert fused_error < 0.05 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("make_model", "options"),
+    [
+        (llama, {"max_new_tokens": 24}),
+        (gpt2, {"max_new_tokens": 24}),
+        (llama, {"num_beams": 3, "max_new_tokens": 8}),
+        (gpt2, {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 6}),
+    ],
+    ids=["greedy llama", "greedy gpt2", "beams", "several sequences"],
+)
+def test_generate_gives_the_tokens_of_each_row_alone(make_model: Callable[[], Any], options: dict[str, Any]) -> None:
+    model = make_model()
+    bank, (ids, mask) = bank_of(model), prompts()
+    options = {"do_sample": False, **options}
+    many = options.get("num_return_sequences", 1)
+    want = alone(bank, ROWS, lambda i: model.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], **options))
+    with left_alone(model), bank.batch(ROWS, mode="unfused"):
+        got = model.generate(ids, attention_mask=mask, **options)
+    assert [t.tolist() for t in got.split(many)] == [t.tolist() for t in want]
+    assert len({tuple(t[0, ids.shape[1] :].tolist()) for t in want}) == len(ROWS)
+
+
+def test_samples_of_expanded_rows() -> None:
+    """One row each with its adapter, many sequences: the same random numbers, so the same tokens as fused."""
+    model = llama()
+    bank, (ids, _) = bank_of(model), prompts()
+    options = {"max_new_tokens": 10, "do_sample": True, "num_return_sequences": 5}
+    torch.manual_seed(5)
+    with bank.batch(["blue"], mode="unfused"):
+        got = model.generate(ids[:1], **options)
+    torch.manual_seed(5)
+    with bank.using("blue"):
+        assert torch.equal(got, model.generate(ids[:1], **options))
+
+
+def test_an_encoder_with_padding() -> None:
+    torch.manual_seed(0)
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            initializer_range=0.2,
+        )
+    ).eval()
+    names = [name for name in projections(model) if "encoder" in name]
+    bank = shira.ResidentAdapters(model)
+    for i, name in enumerate(("blue", "paint", "green")):
+        bank.add(name, make(model, i, names))
+    ids, mask = prompts()
+    ids, mask = ids.flip(1), mask.flip(1)
+    want = alone(bank, ROWS, lambda i: model(ids[i : i + 1], attention_mask=mask[i : i + 1]).last_hidden_state[0])
+    with left_alone(model), torch.no_grad(), bank.batch(ROWS):
+        got = model(ids, attention_mask=mask).last_hidden_state
+    for i in range(len(ROWS)):
+        close(got[i][mask[i].bool()], want[i][mask[i].bool()])
+
+
+class Small(nn.Module):
+    """Layers of all kinds."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first = nn.Linear(12, 20, dtype=dtype)
+        self.twin = nn.Linear(12, 20, bias=False, dtype=dtype)
+        self.twin.weight = self.first.weight
+        self.second = transformers.pytorch_utils.Conv1D(7, 20).to(dtype)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x) + self.twin(x)))
+
+
+NAMES = ["first.weight", "second.weight"]
+
+
+def small_bank(model: nn.Module, count: int = 3, **options: Any) -> shira.ResidentAdapters:
+    bank = shira.ResidentAdapters(model, **options)
+    for i in range(count):
+        bank.add(f"a{i}", make(model, i, NAMES[: 1 + i % 2], kind=("replace", "add")[i % 3 == 1]))
+    return bank
+
+
+def check_rows(bank: shira.ResidentAdapters, model: nn.Module, rows: list[Row], x: torch.Tensor) -> None:
+    want = torch.cat(alone(bank, rows, lambda i: model(x[i : i + 1])))
+    with left_alone(model), torch.no_grad(), bank.batch(rows, mode="unfused"):
+        close(model(x), want)
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_rows_may_be_expanded_and_flattened_but_evenly() -> None:
+    model = Small()
+    bank, rows = small_bank(model), ["a0", None, "a1"]
+    x = inputs(3, 4, 12)
+    want = torch.cat(alone(bank, rows, lambda i: model(x[i : i + 1])))
+    with torch.no_grad(), bank.batch(rows):
+        close(model(x), want)
+        close(model(x.view(12, 12)), want.view(12, 7))
+        close(model(x.view(3, 2, 2, 12)), want.view(3, 2, 2, 7))
+        close(model(x.transpose(1, 2).contiguous().transpose(1, 2)), want)
+        assert model(x[:0]).shape == (0, 4, 7)
+        for bad in (x[:2], x.view(12, 12)[:10], x[0, 0]):
+            with pytest.raises(ValueError, match=r"no multiple of the 3 names"):
+                model(bad)
+    with torch.no_grad(), bank.batch(["a0"] * 5 + [None] * 3 + ["a2"] * 4):  # packed: one name for each token
+        packed = model(x.view(12, 12))
+    parts = alone(bank, ["a0", None, "a2"], lambda i: model(x.view(12, 12)[[0, 5, 8][i] : [5, 8, 12][i]]))
+    close(packed, torch.cat(parts))
+    with torch.no_grad(), bank.batch(["a0"], mode="unfused"):
+        close(model(x[0, 0]), want[0, 0])
+
+
+def test_the_base_row_keeps_its_bits() -> None:
+    model = Small()
+    bank, x = small_bank(model), inputs(4, 12)
+    with torch.no_grad():
+        before = model(x)
+        with bank.batch([None, "a0", None, None]):
+            after = model(x)
+        with bank.batch([None] * 4):
+            assert torch.equal(model(x), before)
+    kept = [0, 2, 3]
+    assert torch.equal(after[kept], before[kept])
+    assert not torch.equal(after[1], before[1])
+
+
+def test_many_numbers_of_tokens() -> None:
+    model = Small()
+    bank, rows = small_bank(model), ["a0", "a1"]
+    with torch.no_grad(), bank.batch(rows):
+        for length in [*range(1, 40), *range(39, 0, -1)]:
+            x = inputs(2, length, 12)
+            got = model(x)
+            assert got.shape == (2, length, 7)
+    for rows in (["a1", "a0"], [None, "a2"]):
+        for length in (1, 5, 39):
+            check_rows(bank, model, rows, inputs(2, length, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = Small(dtype)
+    bank, x = small_bank(model), inputs(3, 12).to(dtype)
+    with bank.batch(["a0", "a1", None]), torch.no_grad():
+        got = model(x)
+    for i, row in enumerate(["a0", "a1", None]):
+        with bank.using(row), torch.no_grad():
+            # tanh in between passes on what the first layer rounded: a few units of the largest output
+            close(got[i], model(x[i]), {torch.float64: 1e-14}.get(dtype, 8 * torch.finfo(dtype).eps))
+
+
+def test_a_wide_layer_has_wide_columns() -> None:
+    model = nn.Sequential(nn.Linear(70_000, 3), nn.Linear(3, 4))
+    bank = shira.ResidentAdapters(model)
+    bank.add("a", make(model, 1, density=0.01))
+    x = inputs(2, 70_000)
+    check_rows(bank, model, ["a", None], x)
+    assert {key[2] for key in bank._pages.pools} == {torch.uint16, torch.int32}
+
+
+def test_autocast_and_gradients() -> None:
+    model = Small()
+    bank, x = small_bank(model), inputs(2, 12)
+    with bank.batch(["a0", "a2"]), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = model(x)
+    assert got.dtype == torch.bfloat16
+    with bank.using("a0"), torch.no_grad():
+        close(got[0].float(), model(x[0]), 0.03)
+    with bank.batch(["a0", "a2"]):
+        differentiable = model(x)  # the weights require grad
+    with bank.batch(["a0", "a2"]), torch.no_grad():
+        close(differentiable.detach(), model(x))
+    assert differentiable.requires_grad
+    frozen = Small().requires_grad_(False)
+    with small_bank(frozen).batch(["a0", "a2"]):
+        close(frozen(x), differentiable.detach())
+
+
+def test_compiled_code_is_made_once() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Small()
+    bank, x = small_bank(model, 6), inputs(4, 3, 12)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        base = compiled(x)  # first outside
+        assert counter.frame_count == 1
+
+        def check(rows: list[Row]) -> None:
+            want = torch.cat(alone(bank, rows, lambda i: model(x[i : i + 1])))
+            with bank.batch(rows, mode="unfused"):
+                close(compiled(x), want)
+            assert torch.equal(compiled(x), base)
+            assert counter.frame_count == 2
+
+        check(["a0", None, {"a1": 0.5, "a2": -1.0}, "a3"])
+        check(["a3", "a4", "a5", None])
+        bank.remove("a3")
+        bank.add("a3", make(model, 99, NAMES))  # another one of the name
+        check(["a3", "a3", "a1", "a0"])
+        for i in range(6, 60):  # more slots and pages than there were
+            bank.add(f"a{i}", make(model, i, NAMES))
+        pages_before = bank.stats.pages
+        for i in range(8, 60, 4):
+            with bank.batch([f"a{i + k}" for k in range(4)]):
+                compiled(x)
+        assert bank.stats.pages > 2 * pages_before
+        check(["a7", {"a8": 1.0, "a9": 1.0}, "a50", None])
+        bank.switch("a7")
+        fused = compiled(x)
+        bank.switch(None)
+        assert not torch.equal(fused, base)
+        assert counter.frame_count == 2
+
+
+class Mixed(nn.Module):
+    """What cannot be unfused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4)
+        self.conv = nn.Conv1d(2, 2, 2)
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.tied_in = nn.Embedding(5, 4)
+        self.tied_out = nn.Linear(4, 5, bias=False)
+        self.tied_out.weight = self.tied_in.weight
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6)
+        self.own = _Own(4, 4)
+        self.replaced = nn.Linear(4, 4)
+        self.replaced.forward = self.replaced.forward  # type: ignore[method-assign]
+        self.both = nn.Linear(4, 4, bias=False)
+        self.crossed = transformers.pytorch_utils.Conv1D(4, 4)
+        self.crossed.weight = self.both.weight
+
+
+class _Own(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("embedding.weight", "the weight .* of 'embedding', a Embedding"),
+        ("conv.weight", "of 'conv', a Conv1d"),
+        ("linear.bias", r"it is the bias \(torch.float32\) of 'linear', a Linear"),
+        ("norm.weight", "of 'norm', a LayerNorm"),
+        ("tied_in.weight", "of 'tied_in', a Embedding"),
+        ("tied_out.weight", "of 'tied_in', a Embedding"),
+        ("attention.in_proj_weight", "in_proj_weight"),
+        ("attention.out_proj.weight", "reads it without calling"),
+        ("layer.linear1.weight", "reads it without calling"),
+        ("layer.linear2.weight", "reads it without calling"),
+        ("own.weight", "of 'own', a _Own"),
+        ("replaced.weight", "forward of 'replaced' was replaced"),
+        ("both.weight", "transposed"),
+    ],
+)
+def test_what_cannot_be_unfused_is_refused_by_name(tensor: str, message: str) -> None:
+    model = Mixed()
+    bank = shira.ResidentAdapters(model)
+    bank.add("odd", make(model, 1, ["linear.weight", tensor]))
+    bank.add("fine", make(model, 2, ["linear.weight"]))
+    with left_alone(model):
+        for rows in (["fine", "odd"], ["fine", {"fine": 0.5, "odd": 0.5}]):
+            match = rf"'odd' cannot be unfused: {tensor}: .*{message}.*; use switch"
+            with pytest.raises(ValueError, match=match), bank.batch(rows):
+                raise AssertionError
+        with pytest.raises(ValueError, match="cannot be unfused"), bank.batch(["odd"], mode="unfused"):
+            raise AssertionError
+        with bank.batch(["fine", None]):
+            pass
+        with bank.batch(["odd", "odd"]):  # one owner: fused
+            assert bank.active == "odd"
+        assert bank.active is None
+    bank.remove("odd")
+    with pytest.raises(ValueError, match="no adapter named 'odd'"), bank.batch(["odd"]):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        ([], {}, "names is empty"),
+        ("a0", {}, "batch takes a list .* got 'a0'"),
+        ({"a0": 1.0}, {}, "batch takes a list"),
+        (None, {}, "batch takes a list"),
+        ([3], {}, "batch takes a name, strengths by name, or None, got 3"),
+        (["a0", "zz"], {}, "no adapter named 'zz'"),
+        (["a0", {}], {}, "at least one adapter"),
+        (["a0", {"a1": float("nan")}], {}, "strength of 'a1' must be a finite"),
+        (["a0", {"a1": "1"}], {}, "strength of 'a1'"),
+        (["a0"], {"mode": "fast"}, "mode must be one of auto, fused, unfused, got 'fast'"),
+        (["a0", "a1"], {"mode": "fused"}, "'fused', but the batch has 2 different targets"),
+        (["a0", None], {"mode": "fused"}, "2 different targets"),
+        (["a0"], {"tokens": -1}, "tokens must be an integer"),
+        (["a0"], {"tokens": 1.5}, "tokens must be an integer"),
+    ],
+)
+def test_bad_arguments_change_nothing(names: Any, options: dict[str, Any], message: str) -> None:
+    model = Small()
+    bank = small_bank(model)
+    with left_alone(model):
+        with pytest.raises(ValueError, match=message), bank.batch(names, **options):
+            raise AssertionError
+        assert bank.stats.pages_used == 0
+    with bank.batch(["a0", None]):
+        pass
+
+
+@pytest.mark.parametrize("budget", [0, -5, 1.5, "1GB", True])
+def test_bad_budgets(budget: Any) -> None:
+    with pytest.raises(ValueError, match="device_budget must be a positive number of bytes or None"):
+        shira.ResidentAdapters(Small(), device_budget=budget)
+
+
+def in_another_thread(action: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(action).result()
+
+
+def enter(context: Any) -> None:
+    with context:
+        pass
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "fused"}, {"mode": "unfused"}])
+def test_nesting_is_refused_where_it_makes_no_sense(options: dict[str, Any]) -> None:
+    model = Small()
+    bank = small_bank(model)
+    actions: list[Callable[[], object]] = [
+        lambda: bank.switch("a1"),
+        lambda: bank.switch(None),
+        lambda: enter(bank.using("a1")),
+        lambda: enter(bank.batch(["a1"])),
+    ]
+    with left_alone(model):
+        with bank.batch(["a0", "a0"], **options):
+            for action in actions:
+                with pytest.raises(RuntimeError, match=r"leave batch\(\) first"):
+                    action()
+                with pytest.raises(RuntimeError, match=r"another thread or task is inside batch\(\)"):
+                    in_another_thread(action)
+            with pytest.raises(ValueError, match="'a0' is in use"):
+                bank.remove("a0")
+            bank.stage({"a1": 1.0, "a2": 1.0})
+            bank.remove("a1")
+            bank.add("new", make(Small(), 5, NAMES))
+            bank.verify_base()
+        bank.stage(None)
+        with bank.using("a2"), pytest.raises(RuntimeError, match=r"'a2' is in the weights: switch\(None\) first"):
+            enter(bank.batch(["a0"]))
+        with bank.using(None), bank.batch(["new", "a0"]), pytest.raises(RuntimeError, match="leave batch"):
+            bank.switch("a0")
+        with bank.using(None), pytest.raises(RuntimeError, match="another thread or task is inside using"):
+            in_another_thread(lambda: enter(bank.batch(["a0"])))
+    in_another_thread(lambda: enter(bank.batch(["a0"])))
+    bank.switch("a0")
+
+
+def test_tasks_exclude_each_other() -> None:
+    bank = small_bank(Small())
+    refused = []
+
+    async def other() -> None:
+        try:
+            bank.switch("a1")
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    async def main() -> None:
+        with bank.batch(["a0", "a1"]):
+            await asyncio.create_task(other())
+
+    asyncio.run(main())
+    assert refused == ["another thread or task is inside batch()"]
+    bank.switch("a1")
+
+
+def test_forwards_of_other_threads_see_the_batch() -> None:
+    model = Small()
+    bank, x, results = small_bank(model), inputs(2, 12), []
+    want = torch.cat(alone(bank, ["a0", "a1"], lambda i: model(x[i : i + 1])))
+
+    def run() -> None:
+        with torch.no_grad():
+            results.append(model(x))
+
+    with bank.batch(["a0", "a1"]):
+        in_another_thread(run)
+    close(results[0], want)
+
+
+def test_everything_is_as_before_after_an_exception() -> None:
+    model = Small()
+    bank, x = small_bank(model), inputs(2, 12)
+    for error in (RuntimeError("x"), KeyboardInterrupt()):
+        with left_alone(model):
+            with pytest.raises(type(error)), bank.batch(["a0", "a1"]):
+                raise error
+            with pytest.raises(ValueError, match="no multiple"), bank.batch(["a0", "a1"]):
+                model(x[:1])
+    check_rows(bank, model, ["a0", "a1"], x)
+
+
+def test_others_who_change_weights_are_kept_out() -> None:
+    model = Small()
+    bank, other = small_bank(model), small_bank(model)
+    config = shira.ShiraConfig(["first"], mask="rand", density=0.1)
+    with bank.batch(["a0", "a1"]):
+        for action in (
+            lambda: other.switch("a0"),
+            lambda: enter(other.batch(["a0", "a1"])),
+            lambda: shira.attach(model, config),
+        ):
+            with pytest.raises(RuntimeError, match="ResidentAdapters is changing this weight"):
+                action()
+    other.switch("a0")
+    with left_alone_of(bank, model), pytest.raises(RuntimeError, match="ResidentAdapters is changing this weight"):
+        enter(bank.batch(["a0", "a1"]))
+    other.switch(None)
+    handle = shira.attach(model, config)
+    with pytest.raises(RuntimeError, match="attach is changing this weight"):
+        enter(bank.batch(["a0", "a1"]))
+    handle.detach()
+    model.second.forward = model.second.forward
+    with pytest.raises(RuntimeError, match="forward of a Conv1D was replaced"):
+        enter(bank.batch(["a0", "a1"]))
+    del model.second.forward
+    model.first.weight = nn.Parameter(model.first.weight.detach().clone())
+    with pytest.raises(RuntimeError, match="weight of a Linear was replaced"):
+        enter(bank.batch(["a0", "a1"]))
+
+
+@contextmanager
+def left_alone_of(bank: shira.ResidentAdapters, model: nn.Module) -> Iterator[None]:
+    before = [type(module) for module in model.modules()]
+    yield
+    assert [type(module) for module in model.modules()] == before
+    assert bank.active is None
+
+
+# The modes
+
+
+class Count:
+    """Calls of the op inside a block."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        real = unfused.add_sparse_delta_mm_batched
+
+        def counted(*args: torch.Tensor) -> None:
+            self.calls += 1
+            real(*args)
+
+        monkeypatch.setattr(unfused, "add_sparse_delta_mm_batched", counted)
+
+
+def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, count = Small(), Count(monkeypatch)
+    bank, x = small_bank(model), inputs(2, 12)
+    many = unfused.FUSE_AFTER_TOKENS + 1
+    want = alone(bank, ["a0"], lambda _: model(x))[0]
+    for row, options, fused in (
+        ("a0", {"mode": "fused"}, True),
+        ("a0", {"mode": "unfused", "tokens": many}, False),
+        ("a0", {"tokens": many}, True),
+        ("a0", {"tokens": many - 1}, False),
+        ("a0", {}, False),
+    ):
+        count.calls = 0
+        with left_alone(model), torch.no_grad(), bank.batch([row, row], **options):
+            close(model(x), want)
+            assert bank.active == ("a0" if fused else None)
+            assert count.calls == (0 if fused else 3)
+        assert bank.active is None
+    with bank.batch(["a0", "a1"], tokens=many):
+        assert bank.active is None
+
+
+def test_auto_fuses_once_unfused_has_cost_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 16)
+    monkeypatch.setattr(unfused, "FORWARD_TOKENS", 3)
+    model, count = Small(), Count(monkeypatch)
+    bank = small_bank(model)
+    want = alone(bank, ["a2"], lambda _: model(inputs(2, 2, 12)))[0]
+    switches = bank.stats.switches
+    with left_alone(model), bank.batch(["a2", "a2"]):
+        for step, calls in enumerate([3, 6, 6, 6]):
+            with torch.no_grad():
+                close(model(inputs(2, 2, 12)), want)
+            assert count.calls == calls
+            assert bank.active == ("a2" if step >= 2 else None)
+        with pytest.raises(ValueError, match="in use"):
+            bank.remove("a2")
+    assert bank.active is None
+    assert bank.stats.switches == switches + 2
+    with bank.batch(["a2", "a2"]), torch.no_grad():  # one long forward: known before it runs
+        model(inputs(2, 50, 12))
+        assert bank.active == "a2"
+    with bank.batch(["a2", "a2"]):  # never where autograd may have kept weights
+        model(inputs(2, 50, 12)).sum()
+        assert bank.active is None
+    with bank.batch(["a2", "a1"]), torch.no_grad():  # never with two
+        model(inputs(2, 50, 12))
+        assert bank.active is None
+
+
+def test_auto_fuses_while_several_threads_run_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 40)
+    model = Small()
+    bank, x = small_bank(model), inputs(2, 2, 12)
+    want = alone(bank, ["a2"], lambda _: model(x))[0]
+    results: list[torch.Tensor] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            results.extend(model(x) for _ in range(40))
+
+    with left_alone(model), bank.batch(["a2", "a2"]):
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert bank.active == "a2"
+    assert len(results) == 160
+    for result in results:
+        close(result, want)
+
+
+def test_compiled_code_goes_on_right_after_eager_code_had_it_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 5)
+    torch._dynamo.reset()
+    model = Small()
+    bank, x = small_bank(model), inputs(2, 12)
+    want = alone(bank, ["a2"], lambda _: model(x))[0]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with left_alone(model), torch.no_grad(), bank.batch(["a2", "a2"]):
+        close(compiled(x), want)
+        assert bank.active is None
+        for _ in range(5):
+            close(model(x), want)
+        assert bank.active == "a2"
+        close(compiled(x), want)
+
+
+def test_a_switch_that_fails_leaves_the_block_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 1)
+    model = Small()
+    bank, x = small_bank(model), inputs(2, 12)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    for options, run in (({}, lambda: model(x)), ({"mode": "fused"}, None)):
+        with left_alone(model), monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(bank, "_writes", fail)
+            with pytest.raises(torch.OutOfMemoryError), bank.batch(["a2", "a2"], **options):
+                run()
+        assert bank.active is None
+    check_rows(bank, model, ["a0", "a1"], x)
+
+
+# The budget
+
+
+def in_use(bank: shira.ResidentAdapters) -> int:
+    """Bytes of all tensors that unfused adapters have on the device."""
+    found = bank._pages
+    tensors = [t for pool in found.pools.values() for t in (pool.col, pool.values)]
+    tensors += [t for table in found.tables.values() for t in (table.row_ptr, table.page_table)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def check_pages(bank: shira.ResidentAdapters) -> None:
+    """Every page and slot has one owner or is free."""
+    found = bank._pages
+    slots = [slot.number for slot in found.residents.values()] + found._free_slots
+    assert sorted(slots) == list(range(len(slots)))
+    for key, pool in found.pools.items():
+        owned = [page for slot in found.residents.values() for page in slot.pages.get(key, [])]
+        assert sorted(owned + pool.free) == list(range(pool.col.shape[0]))
+    assert bank.stats.unfused_bytes == in_use(bank)
+    assert found.budget is None or in_use(bank) <= found.budget
+
+
+def test_a_thousand_adapters_and_a_working_set_of_32() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)).requires_grad_(False)
+    adapters = [make(model, seed, density=0.05) for seed in range(20)]
+    per_adapter = 2 * (pages.PAGE * 6 + 4 * (64 + 1 + 2))
+    bank = shira.ResidentAdapters(model, device_budget=40 * per_adapter)
+    for i in range(1000):
+        bank.add(f"a{i}", adapters[i % 20])
+    x = inputs(8, 64)
+    outputs = torch.stack(alone(bank, [f"a{i}" for i in range(20)], lambda _: model(x)))
+    generator = torch.Generator().manual_seed(0)
+    for turn in range(60):
+        working_set = 32 * (turn // 20)
+        chosen = [working_set + i for i in torch.randint(0, 32, (8,), generator=generator).tolist()]
+        with bank.batch([f"a{i}" for i in chosen], mode="unfused"):
+            got = model(x)
+        close(got, torch.stack([outputs[i % 20, row] for row, i in enumerate(chosen)]))
+        check_pages(bank)
+    stats = bank.stats
+    assert stats.misses <= 96  # each of the three sets once
+    assert stats.hits + stats.misses <= 60 * 8
+    assert stats.evictions >= 96 - 40 - 1
+    assert 32 <= len(stats.resident) <= 40
+    assert stats.unfused_bytes <= 40 * per_adapter
+    assert stats.pages_used == 2 * len(stats.resident)
+    assert stats.adapter_bytes["a999"] == stats.adapter_bytes["a19"]
+
+
+def test_the_least_recently_used_makes_room_and_the_open_batch_does_not() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    per_adapter = pages.PAGE * 6 + 4 * (64 + 1 + 2)
+    bank = shira.ResidentAdapters(model, device_budget=3 * per_adapter)
+    for name in "abcd":
+        bank.add(name, make(model, ord(name), density=0.1))
+    for rows in (["a"], ["b", "c"], ["a"], ["d", "d"]):
+        with bank.batch(rows, mode="unfused"):
+            pass
+    assert bank.stats.resident == ["c", "a", "d"]
+    with bank.batch(["c", "b"]):
+        assert bank.stats.resident == ["d", "c", "b"]
+    assert (bank.stats.hits, bank.stats.misses, bank.stats.evictions) == (2, 5, 2)
+    need = 4 * per_adapter
+    before = bank.stats
+    with pytest.raises(ValueError, match=f"device_budget is {3 * per_adapter} bytes; the 4 of this batch need {need}"):
+        enter(bank.batch(list("abcd")))
+    assert bank.stats == before
+    bank.remove("c")
+    assert bank.stats.resident == ["d", "b"]
+    check_pages(bank)
+    check_rows(bank, model, ["a", "b", "d"], inputs(3, 64))
+    tiny = shira.ResidentAdapters(model, device_budget=100)
+    tiny.add("a", make(model, 1))
+    with pytest.raises(ValueError, match="device_budget is 100 bytes; the 1 of this batch need"):
+        enter(tiny.batch(["a", None]))
+    with tiny.batch(["a"], tokens=10**6):  # fused it fits
+        assert tiny.active == "a"
+
+
+def test_mixes_are_forgotten_with_their_adapters() -> None:
+    model = Small()
+    bank, x = small_bank(model), inputs(2, 12)
+    with bank.batch([{"a0": 1.0, "a1": 0.5}, "a2"]):
+        pass
+    assert bank.stats.resident == [{"a0": 1.0, "a1": 0.5}, "a2"]
+    bank.remove("a1")
+    assert bank.stats.resident == ["a2"]
+    bank.add("a1", make(model, 77, NAMES))
+    check_rows(bank, model, [{"a1": 0.5, "a0": 1.0}, "a1"], x)
+    check_pages(bank)
+
+
+@pytest.mark.parametrize("budget", [None, 40_000])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()])
+def test_what_fails_while_bringing_in_leaves_the_bank_whole(
+    budget: int | None, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any of the calls that allocate or copy."""
+    model = Small()
+    x = inputs(3, 12)
+    rows = ["a1", {"a0": 0.5, "a2": 2.0}, "a4"]
+    for function in ("_csr", "_fill", "_resize", "bring_in"):
+        for at in itertools.count():
+            bank = small_bank(model, 6, device_budget=budget)
+            with bank.batch(["a3", "a0"]):
+                pass
+            owner = pages if function == "_csr" else pages.Pages
+            real, calls = getattr(owner, function), itertools.count()
+
+            def fail(*args: Any, real: Any = real, calls: Any = calls, at: int = at) -> Any:
+                result = real(*args)
+                if next(calls) == at:
+                    raise error
+                return result
+
+            with left_alone(model), monkeypatch.context() as patch:
+                patch.setattr(owner, function, fail)
+                try:
+                    enter(bank.batch(rows))
+                    break
+                except type(error):
+                    pass
+            check_pages(bank)
+            check_rows(bank, model, rows, x)
+            check_rows(bank, model, ["a3", "a0", None], x)
+            check_pages(bank)
+        else:
+            raise AssertionError
+
+
+targets = st.one_of(
+    st.none(),
+    st.integers(0, 5).map(lambda i: f"a{i}"),
+    st.dictionaries(st.integers(0, 5).map(lambda i: f"a{i}"), st.sampled_from([0.0, 1.0, -0.5, 2.0]), min_size=1),
+)
+steps = st.one_of(
+    st.tuples(st.just("batch"), st.lists(targets, min_size=1, max_size=5)),
+    st.tuples(st.just("add"), st.integers(0, 5)),
+    st.tuples(st.just("remove"), st.integers(0, 5)),
+    st.tuples(st.just("switch"), targets),
+)
+
+
+@given(st.sampled_from([None, 20_000, 45_000, 90_000]), st.lists(steps, min_size=4, max_size=12))
+@settings(max_examples=60)
+def test_any_sequence(budget: int | None, sequence: list[tuple[str, Any]]) -> None:
+    model, x = Small(), inputs(5, 2, 12)
+    bank = small_bank(model, 2, device_budget=budget)
+    for seed, (what, value) in enumerate(sequence):
+        if what == "add":
+            if f"a{value}" not in bank.names:
+                names = [NAMES[:1], NAMES[1:], NAMES][seed % 3]
+                bank.add(
+                    f"a{value}", make(model, seed, names, (0.02, 0.5, 0.9)[seed % 3], ("add", "replace")[seed % 2])
+                )
+        elif what == "remove":
+            if f"a{value}" in bank.names:
+                bank.remove(f"a{value}")
+        else:
+            rows = value if what == "batch" else [value]
+            if not all(name in bank.names for row in rows if row for name in ([row] if isinstance(row, str) else row)):
+                continue
+            if what == "switch":
+                with bank.using(value):
+                    pass
+                continue
+            want = torch.cat(alone(bank, rows, lambda i: model(x[i : i + 1])))
+            try:
+                with left_alone(model), bank.batch(rows, mode="unfused"), torch.no_grad():
+                    check_pages(bank)
+                    close(model(x[: len(rows)]), want)
+            except ValueError as error:
+                if budget is None or not str(error).startswith("device_budget"):
+                    raise
+        check_pages(bank)
