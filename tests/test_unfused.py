@@ -72,7 +72,12 @@ def projections(model: nn.Module) -> list[str]:
 
 
 def make(
-    model: nn.Module, seed: int, names: list[str] | None = None, density: float = 0.15, kind: str = "replace"
+    model: nn.Module,
+    seed: int,
+    names: list[str] | None = None,
+    density: float = 0.15,
+    kind: str = "replace",
+    std: float = 0.3,
 ) -> shira.Adapter:
     """An adapter of random entries for a model that holds its base."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +88,7 @@ def make(
         indices = torch.randperm(weight.numel(), generator=generator)[:nnz].sort().values
         indices = indices.int() if i % 2 else indices
         base = weight.reshape(-1)[indices.long()]
-        change = (torch.randn(nnz, generator=generator) * 0.3).to(weight.dtype)
+        change = (torch.randn(nnz, generator=generator) * std).to(weight.dtype)
         values = change if kind == "add" else base + change
         tensors[name] = shira.AdapterTensor(indices, values, tuple(weight.shape), weight.dtype, kind, checksum_of(base))
     return shira.Adapter(tensors)
@@ -194,6 +199,29 @@ def test_generate_gives_the_tokens_of_each_row_alone(make_model: Callable[[], An
         got = model.generate(ids, attention_mask=mask, **options)
     assert [t.tolist() for t in got.split(many)] == [t.tolist() for t in want]
     assert len({tuple(t[0, ids.shape[1] :].tolist()) for t in want}) == len(ROWS)
+
+
+def test_the_demo_model_writes_the_same_200_tokens() -> None:
+    """A trained model, of which each row is another text from the first tokens on."""
+    from shira.demo.base import load_base
+
+    model: Any = load_base()
+    bank = shira.ResidentAdapters(model)
+    for seed, name in enumerate(("blue", "paint")):
+        bank.add(name, make(model, seed, density=0.01, std=0.2))
+    rows: list[Row] = ["blue", None, {"blue": 0.7, "paint": 0.5}, "paint"]
+    prompt = torch.tensor([[0, *b"def read_records(path):"]])
+    options = {"do_sample": False, "min_new_tokens": 200, "max_new_tokens": 200, "pad_token_id": 0}
+
+    def generate(ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    with bank.batch(rows, mode="unfused"):
+        got = generate(prompt.expand(len(rows), -1))
+    want = torch.cat(alone(bank, rows, lambda _: generate(prompt)))
+    assert got.shape == (4, prompt.shape[1] + 200)
+    assert torch.equal(got, want)
+    assert len({tuple(row) for row in got.tolist()}) == 4
 
 
 def test_samples_of_expanded_rows() -> None:

@@ -110,9 +110,10 @@ class Pages:
 
         Raises ValueError if they need more than the budget. Nothing was changed.
         """
-        widths = dict(self._widest)
+        most: Counter[torch.Tensor] = Counter()
         for counts in needed.values():
-            widths.update(self._widths(counts))
+            most |= Counter(counts)
+        widths = {**self._widest, **self._widths(most)}
         pages = self._pages(needed.values())
         if self.budget is not None:
             need = len(needed) * self._slot_bytes(widths) + _bytes_of(pages)
