@@ -4,9 +4,11 @@ from shira import masks
 from shira.adapter import Adapter, AdapterTensor
 from shira.attach import Handle, attach
 from shira.config import ShiraConfig
+from shira.difference import diff
 from shira.fusion import fuse
 from shira.hooks import mask_gradients
 from shira.io import AdapterFormatError
+from shira.merge import merge_checkpoint
 from shira.metrics import awom, awor, overlap
 from shira.resident import ResidentAdapters
 from shira_kernels import ShiraAdamW
@@ -22,8 +24,10 @@ __all__ = [
     "attach",
     "awom",
     "awor",
+    "diff",
     "fuse",
     "mask_gradients",
     "masks",
+    "merge_checkpoint",
     "overlap",
 ]

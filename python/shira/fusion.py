@@ -12,13 +12,12 @@ from torch import nn
 
 from shira.adapter import Adapter, AdapterTensor, checksum_of
 from shira.attach import check_base, check_fits
+from shira.checkpoint import Base as Base
 from shira.checkpoint import TensorFolder
 from shira.names import canonical, first_names, resolve
 from shira_kernels import fuse_adapters
 from shira_kernels.ops.fuse_adapters import POLICIES
 
-# A model whose weights hold the base, its state dict, a safetensors file of it, or a folder of such files.
-Base = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 _Read = Callable[[], torch.Tensor]
 _Find = Callable[[str], tuple[str, _Read | None]]
 

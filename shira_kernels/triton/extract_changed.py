@@ -2,7 +2,7 @@
 
 indices = the positions i where base[i] and tuned[i] differ as integers, sorted;   values = tuned[indices]
 
-Shapes: base and tuned flat [numel], as integers of the element's size; counts and ends [programs]; indices, values [nnz].
+Shapes: base and tuned flat [numel], as integers of the element's size; counts, ends [programs]; indices, values [nnz].
 A program owns BLOCK neighbours. It counts those that differ; sums over the programs before tell where its part of the
 result begins; then it writes that part in order. A result has one writer: no atomics, no race, deterministic. Between
 the two passes the host reads one number, the size of the result.

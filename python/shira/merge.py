@@ -1,0 +1,207 @@
+"""Adapters written into a checkpoint on disk, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shira.adapter import Adapter, AdapterTensor
+from shira.attach import check_base, check_fits
+from shira.checkpoint import INDEX, TensorFolder
+from shira.difference import Progress, no_progress
+from shira.fusion import entries_of
+from shira.names import canonical
+from shira.output import check_free, written_whole
+from shira.resident import ResidentAdapters
+from shira_kernels.bits import as_bits
+
+# Weights in other formats: they would still be those of the base.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_OTHER_INDEXES = ("pytorch_model.bin.index.json", "flax_model.msgpack.index.json", "tf_model.h5.index.json")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_checkpoint` wrote.
+
+    Attributes:
+        tensors: names in the checkpoint of the tensors that were written to.
+        entries: how many entries the adapters have in them, an entry of several adapters counted for each.
+        files: that hold weights, by their names in the folder.
+        left_out: files of the base's folder that hold other weights, or are hidden, and were not copied.
+    """
+
+    tensors: list[str]
+    entries: int
+    files: list[str]
+    left_out: list[str]
+
+
+@torch.no_grad()
+def merge_checkpoint(
+    base: str | os.PathLike[str],
+    adapters: Sequence[tuple[Adapter | str | os.PathLike[str], float]],
+    output: str | os.PathLike[str],
+    *,
+    force_base: bool = False,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> Merged:
+    """Writes a checkpoint with adapters in its weights: as many files, the same names, order and metadata.
+
+    The weights are bit for bit those that `ResidentAdapters.switch` writes for adapters of the same strengths: of one
+    adapter at strength 1 its values, else base + the sum of strength (value - base), in float32 and rounded once. One
+    tensor is in memory at a time. `output` is there whole or not at all, whenever the process ends.
+
+    Args:
+        base: a safetensors file, or a folder of them such as a Hugging Face model's.
+        adapters: pairs of an adapter, or its file, and its strength.
+        output: a file or folder like the base. Of a folder everything else is copied too, such as config and tokenizer,
+            but for hidden files and weights in other formats, which would still be the base's.
+        force_base: take also adapters that were made for another base.
+        overwrite: replace the file `output`, or the folder if it is a checkpoint.
+        progress: called before each file and tensor, with how many are done, how many there are, and which comes.
+
+    Raises:
+        ValueError: naming the tensor: the base lacks it, has it with another shape or dtype, or with other entries than
+            an adapter was made for; no adapter, a strength that is not finite, `output` is there, or lies in the base
+            or around it; a damaged file. Nothing was written then.
+        OSError: something cannot be read or written.
+
+    Warns:
+        UserWarning: an adapter has no checksum, so that it cannot be told whether it was made for this base.
+    """
+    base, output = Path(base), Path(output)
+    folder = TensorFolder(base)
+    loaded = [_loaded(position, *pair) for position, pair in enumerate(adapters)]
+    if not loaded:
+        raise ValueError("adapters must hold at least one pair of an adapter and its strength")
+    _check_output(base, output, overwrite)
+    own_names = {canonical(name): name for name in folder}
+    parts = _parts_by_tensor([adapter for adapter, _ in loaded], own_names)
+    strengths = [strength for _, strength in loaded]
+
+    files = sorted(set(folder.files.values()))
+    if outside := [str(file) for file in files if base.is_dir() and not _lies_in(base, file)]:
+        raise ValueError(f"{base}: its index names {outside[0]}, which is not in the folder")
+    total, done, left_out = len(files) + len(parts), 0, []
+    with written_whole(output) as temporary:
+        if base.is_dir():
+            left_out = _copy_others(base, files, temporary)
+        for file in files:
+            progress(done, total, file.name)
+            done += 1
+            copy = temporary / file.relative_to(base) if base.is_dir() else temporary
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+            with open(copy, "r+b") as target:
+                begins = _data_offsets(target)
+                for name in (name for name in parts if folder.files[name] == file):
+                    progress(done, total, name)
+                    done += 1
+                    weight = _switched(name, folder[name], parts[name], strengths, force_base)
+                    target.seek(begins[name])
+                    target.write(as_bits(weight).numpy().data)
+        progress(total, total, "")
+    return Merged(
+        list(parts),
+        sum(part.nnz for of_tensor in parts.values() for part in of_tensor.values()),
+        [str(file.relative_to(base)) if base.is_dir() else output.name for file in files],
+        left_out,
+    )
+
+
+def _loaded(position: int, adapter: Adapter | str | os.PathLike[str], strength: float) -> tuple[Adapter, float]:
+    largest = torch.finfo(torch.float32).max
+    if not isinstance(strength, (int, float)) or not -largest <= strength <= largest:
+        raise ValueError(f"adapters[{position}]: the strength must be a finite float32 number, got {strength!r}")
+    return adapter if isinstance(adapter, Adapter) else Adapter.load(adapter), float(strength)
+
+
+def _check_output(base: Path, output: Path, overwrite: bool) -> None:
+    check_free(output, overwrite)
+    source, target = Path(os.path.realpath(base)), Path(os.path.realpath(output))
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(f"{output}: the output must be apart from the base, {base}")
+    if base.is_dir() and output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: the base is a folder, so the output must be one, and there is a file")
+    if not base.is_dir() and output.is_dir():
+        raise ValueError(f"{output}: the base is a file, so the output must be one, and there is a folder")
+    if output.is_dir() and any(output.iterdir()):
+        try:
+            TensorFolder(output)
+        except ValueError:
+            raise ValueError(f"{output}: a folder without a checkpoint is not replaced") from None
+
+
+def _lies_in(folder: Path, file: Path) -> bool:
+    return folder in file.parents and ".." not in file.relative_to(folder).parts
+
+
+def _parts_by_tensor(adapters: Sequence[Adapter], own_names: Mapping[str, str]) -> dict[str, dict[int, AdapterTensor]]:
+    """The checkpoint's name -> position of the adapter -> its part, in the order of the checkpoint's names."""
+    found: dict[str, dict[int, AdapterTensor]] = {}
+    for position, adapter in enumerate(adapters):
+        for label, part in adapter.items():
+            name = own_names.get(canonical(label))
+            if name is None:
+                raise ValueError(f"adapters[{position}]: {label}: the base has no tensor of this name")
+            if position in found.setdefault(name, {}):
+                raise ValueError(f"adapters[{position}]: {label}: the adapter names the tensor {name!r} twice")
+            found[name][position] = part
+    return {name: found[name] for name in own_names.values() if name in found}
+
+
+def _switched(
+    name: str,
+    weight: torch.Tensor,
+    parts: Mapping[int, AdapterTensor],
+    strengths: Sequence[float],
+    force: bool,
+) -> torch.Tensor:
+    """The tensor after a switch, by the bank itself: what it would hold in the model."""
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
+    bank = ResidentAdapters(holder)
+    for position in range(len(strengths)):
+        part = parts.get(position)
+        if part is not None:
+            label = f"adapters[{position}]: {name}"
+            check_fits(label, part, weight)
+            if not force:
+                check_base(label, part, entries_of(weight, part.indices))
+        bank.add(str(position), Adapter({} if part is None else {"weight": part}), force=True)
+    bank.switch({str(position): strength for position, strength in enumerate(strengths)})
+    return holder.weight.detach()
+
+
+def _data_offsets(file: Any) -> dict[str, int]:
+    """Where each tensor's bytes begin in a safetensors file, which was found whole before."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _copy_others(base: Path, weights: Sequence[Path], target: Path) -> list[str]:
+    """Copies what is not weights to a new folder; returns what was left out."""
+    target.mkdir()
+    left_out = []
+    for file in sorted(base.rglob("*")):
+        inner = file.relative_to(base)
+        if file.is_dir() or file in weights:
+            continue
+        hidden = any(part.startswith(".") for part in inner.parts)
+        if hidden or file.suffix in _OTHER_WEIGHTS or (file.name in _OTHER_INDEXES and file.name != INDEX):
+            left_out.append(str(inner))
+            continue
+        (target / inner).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / inner)
+    return left_out
