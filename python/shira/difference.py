@@ -21,6 +21,9 @@ SPARSE_UP_TO = 0.1
 Progress = Callable[[int, int, str], None]  # how many are done, of how many, and what comes now
 
 
+Energies = dict[str, tuple[float, float]]  # by tensor: of the changes that are kept, and of all
+
+
 def no_progress(done: int, total: int, what: str) -> None:
     """Shows nothing."""
 
@@ -64,26 +67,36 @@ def diff(
         UserWarning: tensors of which more than a tenth changed (`SPARSE_UP_TO`): they are kept whole unless `top` says
             otherwise, but an adapter saves little there.
     """
-    if top is not None and not 0 < top <= 1:
-        raise ValueError(f"top must be a share of each tensor's entries, above 0 and up to 1, got {top!r}")
+    check_top(top)
     sides = {"base": _own_names(base, "base"), "tuned": _own_names(tuned, "tuned")}
     names = _common_names(sides["base"], sides["tuned"], common)
     tensors: dict[str, AdapterTensor] = {}
-    energies: dict[str, tuple[float, float]] = {}
+    energies: Energies = {}
     for done, name in enumerate(names):
         progress(done, len(names), name)
-        part, energy = _changes(name, sides["base"].read(name), sides["tuned"].read(name), top)
+        part, energy = changes(name, sides["base"].read(name), sides["tuned"].read(name), top)
         if part is not None:
             tensors[name] = part
             energies[name] = energy
     progress(len(names), len(names), "")
-    _warn_where_not_sparse(tensors)
-    origin: dict[str, Any] = {"base": _file_name(base), "tuned": _file_name(tuned)}
-    if top is not None:
-        origin |= {"top": float(top), "energy": {name: _share(*energy) for name, energy in energies.items()}}
-        kept, of_all = (sum(energy[i] for energy in energies.values()) for i in (0, 1))
-        origin["energy_kept"] = _share(kept, of_all)
+    warn_where_not_sparse(tensors, stacklevel=4)
+    origin = {"base": _file_name(base), "tuned": _file_name(tuned), **energy_facts(top, energies)}
     return Adapter(tensors, provenance={"diff": origin})
+
+
+def check_top(top: float | None) -> None:
+    """Refuses with ValueError what is no share."""
+    if top is not None and not 0 < top <= 1:
+        raise ValueError(f"top must be a share of each tensor's entries, above 0 and up to 1, got {top!r}")
+
+
+def energy_facts(top: float | None, energies: Energies) -> dict[str, Any]:
+    """What a provenance says of `top`; nothing without."""
+    if top is None:
+        return {}
+    kept, of_all = (sum(energy[i] for energy in energies.values()) for i in (0, 1))
+    by_tensor = {name: _share(*energy) for name, energy in energies.items()}
+    return {"top": float(top), "energy": by_tensor, "energy_kept": _share(kept, of_all)}
 
 
 class _Side:
@@ -134,7 +147,7 @@ def _common_names(base: _Side, tuned: _Side, common: bool) -> list[str]:
     ]
 
 
-def _changes(
+def changes(
     name: str, base: torch.Tensor, tuned: torch.Tensor, top: float | None
 ) -> tuple[AdapterTensor | None, tuple[float, float]]:
     """The changed entries of one tensor, None if there are none, and the energy of what is kept, and of all."""
@@ -179,7 +192,8 @@ def _share(kept: float, of_all: float) -> float:
     return kept / of_all if of_all else 1.0
 
 
-def _warn_where_not_sparse(tensors: Mapping[str, AdapterTensor]) -> None:
+def warn_where_not_sparse(tensors: Mapping[str, AdapterTensor], stacklevel: int) -> None:
+    """One warning for all tensors that are not sparse."""
     dense = {name: part.nnz / part.numel for name, part in tensors.items() if part.nnz > SPARSE_UP_TO * part.numel}
     if dense:
         first = ", ".join(f"{name} ({density:.1%})" for name, density in list(dense.items())[:3])
@@ -187,7 +201,7 @@ def _warn_where_not_sparse(tensors: Mapping[str, AdapterTensor]) -> None:
         warnings.warn(
             f"not sparse: more than {SPARSE_UP_TO:.0%} of the entries changed in {first}{more}; "
             "`top` keeps only the largest changes",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
