@@ -399,9 +399,9 @@ def test_refused_merges_leave_nothing(tmp_path: Path) -> None:
     refused("at least one", folder, [], out)
     refused(r"adapters\[0\]: embed.weight: the adapter belongs to another base", folder, [(other, 1.0)], out)
     refused("strength must be a finite", folder, [(adapter, float("nan"))], out)
-    refused("apart from the base", folder, [(adapter, 1.0)], folder / "out")
-    refused("apart from the base", folder, [(adapter, 1.0)], folder, overwrite=True)
-    refused("apart from the base", folder, [(adapter, 1.0)], tmp_path, overwrite=True)
+    refused("must be apart from", folder, [(adapter, 1.0)], folder / "out")
+    refused("must be apart from", folder, [(adapter, 1.0)], folder, overwrite=True)
+    refused("must be apart from", folder, [(adapter, 1.0)], tmp_path, overwrite=True)
     refused("there is no folder", folder, [(adapter, 1.0)], tmp_path / "none/out")
     wrong = Adapter({"other.weight": adapter["embed.weight"]})
     refused(r"adapters\[0\]: other.weight: the base has no tensor of this name", folder, [(wrong, 1.0)], out)
@@ -412,7 +412,13 @@ def test_refused_merges_leave_nothing(tmp_path: Path) -> None:
     out.mkdir()
     (out / "letter.txt").write_text("dear")
     refused("there already; --force", folder, [(adapter, 1.0)], out)
-    refused("a folder without a checkpoint is not replaced", folder, [(adapter, 1.0)], out, overwrite=True)
+    refused(
+        r"out: not replaced, because it holds letter.txt, which the new folder would not",
+        folder,
+        [(adapter, 1.0)],
+        out,
+        overwrite=True,
+    )
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"] = {name: f"../base/{file}" for name, file in index["weight_map"].items()}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -437,13 +443,12 @@ def test_an_adapter_without_a_checksum_says_so(tmp_path: Path) -> None:
     save_file(base, tmp_path / "base")
     part = shira.diff(base, tuned_of(base))["embed.weight"]
     unknown = Adapter({"embed.weight": AdapterTensor(part.indices, part.values, part.shape, part.dtype)})
-    with pytest.warns(UserWarning, match=r"adapters\[0\]: embed.weight: no checksum"):
+    with pytest.warns(UserWarning, match=r"adapters\[0\]: no checksum in 1 of 1 tensors"):
         shira.merge_checkpoint(tmp_path / "base", [(unknown, 1.0)], tmp_path / "out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupt_leaves_what_was_there(tmp_path: Path, number: signal.Signals) -> None:
-    """Interrupted when the first tensor has been written."""
+def test_a_killed_merge_leaves_what_was_there(tmp_path: Path) -> None:
+    """Killed when the first tensor has been written."""
     base = make_state()
     folder = sharded(base, tmp_path / "base")
     shira.diff(base, tuned_of(base)).save(tmp_path / "adapter")
@@ -462,9 +467,7 @@ shira.merge_checkpoint(sys.argv[1], [(sys.argv[2], 0.5)], sys.argv[3], overwrite
         assert process.stdout is not None
         assert process.stdout.readline() == b"now\n"
         time.sleep(0.05)
-        process.send_signal(number)
+        process.send_signal(signal.SIGKILL)
         process.wait(30)
     assert process.returncode != 0
     assert digest(tmp_path / "out") == before
-    if number == signal.SIGINT:
-        assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]

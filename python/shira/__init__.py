@@ -1,6 +1,6 @@
 """Sparse high-rank adapters: train 1-2 % of a model's own weights, save them, switch them in place."""
 
-from shira import masks
+from shira import convert, masks
 from shira.adapter import Adapter, AdapterTensor
 from shira.attach import Handle, attach
 from shira.config import ShiraConfig
@@ -24,6 +24,7 @@ __all__ = [
     "attach",
     "awom",
     "awor",
+    "convert",
     "diff",
     "fuse",
     "mask_gradients",

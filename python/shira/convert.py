@@ -29,7 +29,7 @@ from shira.checkpoint import Base, TensorFolder, open_tensors
 from shira.difference import Energies, Progress, changes, check_top, energy_facts, no_progress, warn_where_not_sparse
 from shira.fusion import deltas, entries_of
 from shira.names import canonical
-from shira.output import check_free, written_whole
+from shira.output import check_free, check_replaceable, written_whole
 
 WRITTEN = ("shira", "peft-shira", "patch")
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -161,7 +161,7 @@ def write(
             "patch" holds the new values.
         base: the model that the adapter was made for; kind "replace" needs it to become "peft-shira", kind "add" to
             become a "patch".
-        overwrite: replace a file, or a folder if it is an adapter of PEFT.
+        overwrite: replace a file, or a folder if it holds no other files than will be written.
         force_base: take the base also if the adapter was made for another one.
 
     Raises:
@@ -183,8 +183,7 @@ def write(
     elif form == "peft-shira":
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: the format {form} is a folder, and there is a file")
-        if path.is_dir() and any(path.iterdir()) and not (path / _CONFIG).exists():
-            raise ValueError(f"{path}: a folder without {_CONFIG} is not replaced")
+        check_replaceable(path, (_CONFIG, _WEIGHTS))
         _write_peft_shira(adapter, path, base, force_base)
     else:
         _write_patch(adapter, path, base, force_base)

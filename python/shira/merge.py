@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from torch import nn
 
 from shira.adapter import Adapter, AdapterTensor
 from shira.attach import check_base, check_fits
-from shira.checkpoint import INDEX, TensorFolder
+from shira.checkpoint import TensorFolder
 from shira.difference import Progress, no_progress
 from shira.fusion import entries_of
 from shira.names import canonical
-from shira.output import check_free, written_whole
+from shira.output import check_apart, check_free, check_replaceable, written_whole
 from shira.resident import ResidentAdapters
 from shira_kernels.bits import as_bits
 
@@ -67,7 +68,7 @@ def merge_checkpoint(
         output: a file or folder like the base. Of a folder everything else is copied too, such as config and tokenizer,
             but for hidden files and weights in other formats, which would still be the base's.
         force_base: take also adapters that were made for another base.
-        overwrite: replace the file `output`, or the folder if it is a checkpoint.
+        overwrite: replace the file `output`, or the folder if it holds no other files than will be written.
         progress: called before each file and tensor, with how many are done, how many there are, and which comes.
 
     Raises:
@@ -84,7 +85,6 @@ def merge_checkpoint(
     loaded = [_loaded(position, *pair) for position, pair in enumerate(adapters)]
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
-    _check_output(base, output, overwrite)
     own_names = {canonical(name): name for name in folder}
     parts = _parts_by_tensor([adapter for adapter, _ in loaded], own_names)
     strengths = [strength for _, strength in loaded]
@@ -92,16 +92,19 @@ def merge_checkpoint(
     files = sorted(set(folder.files.values()))
     if outside := [str(file) for file in files if base.is_dir() and not _lies_in(base, file)]:
         raise ValueError(f"{base}: its index names {outside[0]}, which is not in the folder")
-    total, done, left_out = len(files) + len(parts), 0, []
+    others, left_out = _others(base, files) if base.is_dir() else ([], [])
+    inputs = [base, *(Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter))]
+    _check_output(base.is_dir(), output, [str(file.relative_to(base)) for file in (*files, *others)], inputs, overwrite)
+    _warn_of_unknown([adapter for adapter, _ in loaded])
+    total, done = len(files) + len(parts), 0
     with written_whole(output) as temporary:
-        if base.is_dir():
-            left_out = _copy_others(base, files, temporary)
+        for file in others:
+            _copy(file, temporary / file.relative_to(base))
         for file in files:
             progress(done, total, file.name)
             done += 1
             copy = temporary / file.relative_to(base) if base.is_dir() else temporary
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+            _copy(file, copy)
             with open(copy, "r+b") as target:
                 begins = _data_offsets(target)
                 for name in (name for name in parts if folder.files[name] == file):
@@ -126,20 +129,26 @@ def _loaded(position: int, adapter: Adapter | str | os.PathLike[str], strength: 
     return adapter if isinstance(adapter, Adapter) else Adapter.load(adapter), float(strength)
 
 
-def _check_output(base: Path, output: Path, overwrite: bool) -> None:
+def _check_output(is_folder: bool, output: Path, planned: Collection[str], inputs: list[Path], overwrite: bool) -> None:
     check_free(output, overwrite)
-    source, target = Path(os.path.realpath(base)), Path(os.path.realpath(output))
-    if source == target or source in target.parents or target in source.parents:
-        raise ValueError(f"{output}: the output must be apart from the base, {base}")
-    if base.is_dir() and output.exists() and not output.is_dir():
+    check_apart(output, inputs)
+    if output.is_dir():
+        if not is_folder:
+            raise ValueError(f"{output}: the base is a file, so the output must be one, and there is a folder")
+        check_replaceable(output, planned)
+    elif is_folder and output.exists():
         raise ValueError(f"{output}: the base is a folder, so the output must be one, and there is a file")
-    if not base.is_dir() and output.is_dir():
-        raise ValueError(f"{output}: the base is a file, so the output must be one, and there is a folder")
-    if output.is_dir() and any(output.iterdir()):
-        try:
-            TensorFolder(output)
-        except ValueError:
-            raise ValueError(f"{output}: a folder without a checkpoint is not replaced") from None
+
+
+def _warn_of_unknown(adapters: Sequence[Adapter]) -> None:
+    for position, adapter in enumerate(adapters):
+        unknown = sum(part.checksum is None for part in adapter.values())
+        if unknown:
+            warnings.warn(
+                f"adapters[{position}]: no checksum in {unknown} of {len(adapter)} tensors, so it may be of another "
+                "base",
+                stacklevel=4,
+            )
 
 
 def _lies_in(folder: Path, file: Path) -> bool:
@@ -176,7 +185,7 @@ def _switched(
         if part is not None:
             label = f"adapters[{position}]: {name}"
             check_fits(label, part, weight)
-            if not force:
+            if not force and part.checksum is not None:
                 check_base(label, part, entries_of(weight, part.indices))
         bank.add(str(position), Adapter({} if part is None else {"weight": part}), force=True)
     bank.switch({str(position): strength for position, strength in enumerate(strengths)})
@@ -190,18 +199,21 @@ def _data_offsets(file: Any) -> dict[str, int]:
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _copy_others(base: Path, weights: Sequence[Path], target: Path) -> list[str]:
-    """Copies what is not weights to a new folder; returns what was left out."""
-    target.mkdir()
-    left_out = []
+def _others(base: Path, weights: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The files of a folder that are copied as they are, and the names of those that are left out."""
+    copied, left_out = [], []
     for file in sorted(base.rglob("*")):
         inner = file.relative_to(base)
         if file.is_dir() or file in weights:
             continue
         hidden = any(part.startswith(".") for part in inner.parts)
-        if hidden or file.suffix in _OTHER_WEIGHTS or (file.name in _OTHER_INDEXES and file.name != INDEX):
+        if hidden or file.suffix in _OTHER_WEIGHTS or file.name in _OTHER_INDEXES:
             left_out.append(str(inner))
-            continue
-        (target / inner).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / inner)
-    return left_out
+        else:
+            copied.append(file)
+    return copied, left_out
+
+
+def _copy(file: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, target)

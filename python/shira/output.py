@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def check_free(path: Path, force: bool) -> None:
     """Refuses with ValueError a file that is there unless `force`, a folder unless it is empty, and a folder to write
-    to that is not there. `force` does not cover folders: see `written_whole`."""
+    to that is not there. What a folder may hold to be replaced is left to `check_replaceable`."""
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
     if path.is_dir():
@@ -20,6 +20,24 @@ def check_free(path: Path, force: bool) -> None:
             raise ValueError(f"{path}: there already; --force replaces it")
     elif os.path.lexists(path) and not force:
         raise ValueError(f"{path}: there already; --force replaces it")
+
+
+def check_apart(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuses with ValueError an output that is one of the inputs, or lies in one, or around one."""
+    target = Path(os.path.realpath(output))
+    for path in inputs:
+        place = Path(os.path.realpath(path))
+        if place == target or place in target.parents or target in place.parents:
+            raise ValueError(f"{output}: the output must be apart from {path}, which is read")
+
+
+def check_replaceable(folder: Path, files: Collection[str]) -> None:
+    """Refuses with ValueError to replace a folder that holds other files than the new one will: `files`, their paths in
+    it. So a folder with something else in it is never lost."""
+    for path in sorted(folder.rglob("*")):
+        inner = str(path.relative_to(folder))
+        if not path.is_dir() and inner not in files:
+            raise ValueError(f"{folder}: not replaced, because it holds {inner}, which the new folder would not")
 
 
 @contextmanager
