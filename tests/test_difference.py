@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shira
-from shira import Adapter, AdapterTensor, ResidentAdapters
+from shira import Adapter, AdapterTensor, ResidentAdapters, merge
 from shira.adapter import checksum_of
 from shira.checkpoint import TensorFolder
 
@@ -445,6 +447,33 @@ def test_an_adapter_without_a_checksum_says_so(tmp_path: Path) -> None:
     unknown = Adapter({"embed.weight": AdapterTensor(part.indices, part.values, part.shape, part.dtype)})
     with pytest.warns(UserWarning, match=r"adapters\[0\]: no checksum in 1 of 1 tensors"):
         shira.merge_checkpoint(tmp_path / "base", [(unknown, 1.0)], tmp_path / "out")
+
+
+def test_a_merge_holds_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written is freed before the next is read, also while the garbage collector does not run."""
+    base = make_state()
+    adapter = shira.diff(base, tuned_of(base))
+    alive = 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal alive
+        assert alive == 0
+        alive += 1
+        tensor = switch_tensor(*args)
+        weakref.finalize(tensor.untyped_storage(), gone)
+        return tensor
+
+    switch_tensor = merge._switched
+    monkeypatch.setattr(merge, "_switched", counted)
+    gc.disable()
+    try:
+        shira.merge_checkpoint(sharded(base, tmp_path / "base"), [(adapter, 0.5)], tmp_path / "out")
+    finally:
+        gc.enable()
 
 
 def test_a_killed_merge_leaves_what_was_there(tmp_path: Path) -> None:

@@ -110,9 +110,11 @@ def merge_checkpoint(
                 for name in (name for name in parts if folder.files[name] == file):
                     progress(done, total, name)
                     done += 1
-                    weight = _switched(name, folder[name], parts[name], strengths, force_base)
                     target.seek(begins[name])
-                    target.write(as_bits(weight).numpy().data)
+                    # Given no name, so that it is gone before the next is read.
+                    target.write(
+                        as_bits(_switched(name, folder[name], parts[name], strengths, force_base)).numpy().data
+                    )
         progress(total, total, "")
     return Merged(
         list(parts),
@@ -189,7 +191,9 @@ def _switched(
                 check_base(label, part, entries_of(weight, part.indices))
         bank.add(str(position), Adapter({} if part is None else {"weight": part}), force=True)
     bank.switch({str(position): strength for position, strength in enumerate(strengths)})
-    return holder.weight.detach()
+    result = holder.weight.detach()
+    holder.weight.data = weight.new_empty(0)  # the bank is a cycle, which the garbage collector finds some time later
+    return result
 
 
 def _data_offsets(file: Any) -> dict[str, int]:
