@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def make_llama(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0,
+        num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0, attention_bias=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).to(dtype).eval()
 
@@ -58,8 +60,8 @@ def save_peft(base: Path, config: Any, folder: Path, dtype: torch.dtype = torch.
     model = peft.get_peft_model(load(base, dtype), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_" in name:
-                parameter.normal_(std=0.3)
+            if parameter.requires_grad and "shira" not in name and "supertuning" not in name and "ia3" not in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.3)
     model.save_pretrained(folder)
     return logits(model)
 
@@ -184,6 +186,10 @@ MERGED = {
     "ia3": lambda: peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
     ),
+    "lora with all biases": lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], bias="all"),
+    "lora with trained tokens": lambda: peft.LoraConfig(
+        r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 7]}
+    ),
     "lora with saved modules": lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]),
 }
 
@@ -199,16 +205,54 @@ def test_any_adapter_that_peft_can_merge(base: Path, tmp_path: Path, kind: str) 
         assert part.checksum == checksum_of(TensorFolder(base)[name].view(-1)[part.indices.long()])
 
 
-def test_lora_masked_to_a_density(base: Path, tmp_path: Path) -> None:
-    save_peft(base, MERGED["lora"](), tmp_path / "peft")
+def test_a_model_as_base_is_put_back(base: Path, tmp_path: Path) -> None:
+    """Also what PEFT loads into the model itself, and what required grad."""
+    save_peft(base, MERGED["lora with all biases"](), tmp_path / "peft")
     model = load(base)
-    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(False)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = convert.read(tmp_path / "peft", model, top=0.1)
+    found = convert.read(tmp_path / "peft", model)
+    assert any(name.endswith(".bias") for name in found)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Model")
+def test_a_tied_weight_of_which_one_use_was_adapted_says_so(base: Path, tmp_path: Path) -> None:
+    """Merged, as PEFT does it too, both uses change."""
+    save_peft(base, peft.LoraConfig(r=3, target_modules=["embed_tokens"]), tmp_path / "peft")
+    with pytest.warns(UserWarning, match=r"model.embed_tokens.weight is tied to another layer") as seen:
+        found = convert.read(tmp_path / "peft", base)
+    assert __file__ in [warning.filename for warning in seen]
+    merged = peft.PeftModel.from_pretrained(load(base), tmp_path / "peft").merge_and_unload()
+    assert_close(with_adapter(base, found), logits(merged), logits(load(base)))
+
+
+def test_at_a_terminal(base: Path, tmp_path: Path) -> None:
+    """In a process of its own, where what PEFT and transformers print would be seen."""
+    save_peft(base, MERGED["lora"](), tmp_path / "peft")
+    line = ["convert", tmp_path / "peft", "--base", base, "--top", "0.1", "-o", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-m", "shira.cli", *line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "% of the energy of all changes" in done.stdout
+    assert Adapter.load(tmp_path / "out").density == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_head_that_the_base_lacks_is_refused(base: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "peft")
+    with pytest.raises(ValueError, match=r"score.weight: the base has no tensor of this name"):
+        convert.read(tmp_path / "peft", base)
+
+
+def test_lora_masked_to_a_density(base: Path, tmp_path: Path) -> None:
+    save_peft(base, MERGED["lora"](), tmp_path / "peft")
+    before = load(base).state_dict()
+    found = convert.read(tmp_path / "peft", base, top=0.1)
     merged = peft.PeftModel.from_pretrained(load(base), tmp_path / "peft").merge_and_unload().state_dict()
     facts = found.provenance["converted"]
     assert (facts["from"], facts["peft_type"], facts["top"]) == ("peft-merged", "LORA", 0.1)
@@ -365,6 +409,11 @@ def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     peft_files(tmp_path / "prompt", {"x": torch.zeros(2)}, "PROMPT_TUNING", num_virtual_tokens=2, task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="changes no weights and cannot be merged"):
         convert.read(tmp_path / "prompt", base)
+    with pytest.raises(ValueError, match="nope: PEFT cannot load this adapter"):
+        convert.read(peft_files(tmp_path / "nope", {"x": torch.zeros(2)}, "NOPE"), base)
+    wrong = {f"{Q}.lora_A.weight": torch.zeros(2, 7), f"{Q}.lora_B.weight": torch.zeros(32, 2)}
+    with pytest.raises(ValueError, match=r"PEFT cannot load this adapter: RuntimeError.*size mismatch"):
+        convert.read(peft_files(tmp_path / "nope", wrong, "LORA", r=2, target_modules=["q_proj"]), base)
     save_file({f"{name}.indices": torch.zeros(1).int(), f"{name}.values": torch.zeros(1).half()}, tmp_path / "patch")
     with pytest.raises(ValueError, match=r"values are torch.float16, but torch.float32 in the base"):
         convert.read(tmp_path / "patch", base)
@@ -400,4 +449,4 @@ def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     for form in ("peft-shira", "patch"):
         with pytest.raises(ValueError, match="belongs to another base"):
             convert.write(adapter, tmp_path / "new", form, other)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "patch", "prompt", "super"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "nope", "patch", "prompt", "super"]

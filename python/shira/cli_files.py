@@ -194,8 +194,10 @@ def fuse(
         pairs = _pairs(adapters, weight)
         _check_output(output, [*adapters, *([base] if base else [])], force)
         loaded = [(_any_format(file, base), strength) for file, strength in pairs]
-        adapter = shira.fuse(loaded, policy, base, force=any_base)
-        adapter.save(output)
+        with _progress() as progress:
+            adapter = shira.fuse(loaded, policy, base, force=any_base, progress=progress)
+            progress(1, 1, f"writing {output.name}")
+            adapter.save(output)
     _report_written(adapter, output, json)
 
 

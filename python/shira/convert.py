@@ -15,8 +15,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,9 @@ from shira.attach import check_base, check_fits
 from shira.checkpoint import Base, TensorFolder, open_tensors
 from shira.difference import Energies, Progress, changes, check_top, energy_facts, no_progress, warn_where_not_sparse
 from shira.fusion import deltas, entries_of
-from shira.names import canonical
+from shira.names import canonical, first_names
 from shira.output import check_free, check_replaceable, written_whole
+from shira_kernels.bits import as_bits
 
 WRITTEN = ("shira", "peft-shira", "patch")
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -346,69 +350,96 @@ def _merged(
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    config = peft.PeftConfig.from_pretrained(folder)
+    with _peft_errors(folder):
+        config = peft.PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         raise ValueError(f"{folder}: an adapter of type {config.peft_type} changes no weights and cannot be merged")
     model = base if isinstance(base, nn.Module) else _model(base, config.task_type)
+    stored = None if isinstance(base, nn.Module) else {canonical(name) for name in open_tensors(base)}
+    names = first_names(model)
+    parts: dict[str, AdapterTensor] = {}
+    energies: Energies = {}
+
+    def compare(name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+        part, energy = changes(name, old, new.to(old.dtype), top)
+        if part is None:
+            return
+        if name in parts and not _same(parts[name], part):
+            raise ValueError(f"{folder}: two parts of the adapter change {name}, and differently")
+        if stored is not None and name not in stored:
+            raise ValueError(f"{name}: the base has no tensor of this name")
+        parts[name], energies[name] = part, energy
+
+    # What the file has whole, such as biases and `modules_to_save`: PEFT may load it into the model itself.
+    weights = {name: parameter for parameter, name in names.items()}
+    file = TensorFolder(folder / _WEIGHTS)
+    whole = {canonical(key): key for key in file if canonical(key) in weights}
+    before = {name: weights[name].detach().clone() for name in whole}
+    users = Counter(names[parameter] for _, parameter in model.named_parameters(remove_duplicate=False))
+    merged: set[str] = set()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tuned = peft.PeftModel.from_pretrained(model, folder)
+    with _peft_errors(folder):
+        tuned = peft.PeftModel.from_pretrained(model, folder)
+    layers = [(name, layer) for name, layer in tuned.named_modules() if isinstance(layer, BaseTunerLayer)]
     try:
-        layers = [(name, module) for name, module in tuned.named_modules() if isinstance(module, BaseTunerLayer)]
-        saved = list(_replaced_modules(tuned))
-        parts: dict[str, AdapterTensor] = {}
-        energies: Energies = {}
-        total = len(layers) + len(saved)
-        for done, (module_name, before, after) in enumerate(_both(folder, layers, saved)):
-            progress(done, total, canonical(module_name))
-            for own, old in before.items():
-                name = canonical(f"{module_name}.{own}")
-                part, energy = changes(name, old, after[own], top)
-                if part is not None:
-                    parts[name], energies[name] = part, energy
+        for name, key in whole.items():
+            weights[name].data.copy_(before[name])
+            compare(name, before[name], file[key])
+        for done, (name, layer) in enumerate(layers):
+            progress(done, len(layers), canonical(name))
+            for parameter, new in _merged_layer(folder, name, layer):
+                if parameter not in names:
+                    raise ValueError(f"{folder}: merging {name} changes what is no weight of the model")
+                compare(names[parameter], parameter.detach(), new)
+                users[names[parameter]] -= 1
+                merged.add(names[parameter])
     finally:
         if model is base:
             tuned.unload()
             for parameter in trained:
                 parameter.requires_grad_(True)
-    if not layers and not saved:
+    tied = [name for name in parts if name in merged and users[name] > 0]
+    if tied:
+        warnings.warn(
+            f"{folder}: {tied[0]} is tied to another layer, which the adapter does not change but its merge does",
+            stacklevel=5,
+        )
+    if not layers and not whole:
         raise ValueError(f"{folder}: PEFT finds no layer of the model to merge this adapter into")
     return parts, energies
 
 
-_State = dict[str, torch.Tensor]
+@contextmanager
+def _peft_errors(folder: Path) -> Iterator[None]:
+    """What PEFT raises for a wrong config, or weights of other shapes, as ValueError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = textwrap.shorten(str(error), 240, placeholder=" ...")
+        raise ValueError(f"{folder}: PEFT cannot load this adapter: {type(error).__name__}: {text}") from None
 
 
-def _both(
-    folder: Path, layers: list[tuple[str, Any]], saved: list[tuple[str, _State, _State]]
-) -> Iterator[tuple[str, _State, _State]]:
-    """Name of a module, its parameters, and what the adapter makes of them, one module at a time."""
-    for name, layer in layers:
-        own = layer.get_base_layer()
-        before = {field: parameter.detach().clone() for field, parameter in own.named_parameters(recurse=False)}
-        try:
-            layer.merge()
-        except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{folder}: PEFT cannot merge {name}: {error}") from None
-        after = {field: parameter.detach() for field, parameter in own.named_parameters(recurse=False)}
-        if set(after) != set(before) or layer.get_base_layer() is not own:
-            raise ValueError(f"{folder}: merging {name} gives other parameters, not other values of them")
-        yield name, before, after
-        for field, old in before.items():
-            getattr(own, field).data = old
-        layer.merged_adapters.clear()
-    yield from saved
+def _same(one: AdapterTensor, other: AdapterTensor) -> bool:
+    return torch.equal(one.indices, other.indices) and torch.equal(as_bits(one.values), as_bits(other.values))
 
 
-def _replaced_modules(tuned: nn.Module) -> Iterator[tuple[str, _State, _State]]:
-    """PEFT's `modules_to_save`."""
-    from peft.utils import ModulesToSaveWrapper
-
-    for name, module in tuned.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            for adapter in module.modules_to_save:
-                states = (module.original_module, module.modules_to_save[adapter])
-                before, after = ({key: value.detach() for key, value in m.named_parameters()} for m in states)
-                yield name, before, after
+def _merged_layer(folder: Path, name: str, layer: Any) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The weights of a layer, which hold what they did before, and what they are when the adapter is merged."""
+    own = layer.get_base_layer()
+    parameters = dict(own.named_parameters(recurse=False))
+    old = {field: parameter.detach().clone() for field, parameter in parameters.items()}
+    try:
+        layer.merge()
+    except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{folder}: PEFT cannot merge {name}: {error}") from None
+    after = dict(own.named_parameters(recurse=False))
+    if layer.get_base_layer() is not own or any(after.get(field) is not parameters[field] for field in parameters):
+        raise ValueError(f"{folder}: merging {name} gives other parameters, not other values of them")
+    merged = [(parameter, parameter.detach()) for parameter in parameters.values()]
+    for field, parameter in parameters.items():
+        parameter.data = old[field]
+    layer.merged_adapters.clear()
+    return merged
 
 
 def _model(base: Base, task: str | None) -> nn.Module:
