@@ -54,6 +54,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shira.diff(base, tuned_of(base, seed)).save(name)
     unknown = {n: AdapterTensor(p.indices, p.values, p.shape, p.dtype) for n, p in Adapter.load("a").items()}
     Adapter(unknown).save("unknown")
+    convert.write(Adapter.load("a"), "a-patch", "patch")
+    Path("text").write_text("hello")
     torch.save(base, "adapter.bin")
     Path("peft").mkdir()
     Path("peft/adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -162,9 +164,8 @@ def test_apply(files: Path, run: Run) -> None:
     assert Path("mix").read_bytes() == Path("expected").read_bytes()
     code, _, error = run("apply base.safetensors unknown -o from-unknown")
     assert code == 0
-    assert error == ("shira: warning: adapters[0]: no checksum in 2 of 2 tensors, so it may be of another base\n")
-    convert.write(Adapter.load("a"), "patch", "patch")
-    assert run("apply base.safetensors patch -o from-patch")[0] == 0
+    assert error == ("shira: warning: unknown: no checksum in 2 of 2 tensors, so it may be of another base\n")
+    assert run("apply base.safetensors a-patch -o from-patch")[0] == 0
     assert Path("from-patch").read_bytes() == Path("from-unknown").read_bytes()
     assert run("apply other a -o forced --any-base")[0] == 0
 
@@ -235,20 +236,22 @@ BAD = {
     "apply base a -o . --force": "must be apart from base, which is read",
     "apply base a -o base.safetensors --force": "the base is a folder, so the output must be one, and there is a file",
     "apply base.safetensors a -o tuned --force": "the base is a file, so the output must be one, and there is a folder",
-    "apply other a -o new": "adapters[0]: layers.0.q.weight: the adapter belongs to another base",
+    "apply other a -o new": "shira: a: layers.0.q.weight: the adapter belongs to another base",
     "apply base a b -w 1 -o new": "give --weight once for each adapter or not at all: 2 adapters, 1 weights",
-    "apply base a -w nan -o new": "adapters[0]: the strength must be a finite float32 number, got nan",
+    "apply base a -w nan -o new": "shira: a: the strength must be a finite float32 number, got nan",
     "apply base none -o new": "none: No such file or directory",
     "apply none a -o new": "none: No such file or directory",
     "apply base adapter.bin -o new": "looks like a pickle",
-    "fuse a -o new": "layers.0.q.weight: a part of kind 'replace' becomes a delta by subtracting the base: give --base",
+    "fuse a -o new": "shira: a: layers.0.q.weight: a part of kind 'replace' becomes a delta by subtracting the base",
     "fuse a --base base --policy best -o new": "policy must be one of sum, mean, last, ties, got 'best'",
-    "fuse a --base other -o new": "layers.0.q.weight: the adapter belongs to another base",
+    "fuse a --base other -o new": "shira: a: layers.0.q.weight: the adapter belongs to another base",
     "fuse a -o a --force": "a: the output must be apart from a, which is read",
     "convert a --to lora -o new": "--to must be one of shira, peft-shira, patch, got 'lora'",
     "convert peft --base base -o new": "adapter_model.bin is a pickle, which is never read",
     "convert a --top 0.1 -o new": "a: --top is for adapters that are merged, and this one is sparse already (shira)",
     "convert a --to peft-shira -o new": "give --base",
+    "convert a-patch -o new": "the format patch does not tell the shapes and types of the weights: give --base",
+    "info a --base text": "text: not a whole safetensors file",
     "convert a --to peft-shira --base other -o new": "the adapter belongs to another base",
     "convert a --to peft-shira --base base -o tuned --force": "tuned: not replaced, because it holds config.json",
 }  # fmt: skip

@@ -316,7 +316,7 @@ def test_a_patch_of_changes_has_the_new_values(base: Path, adapter: Adapter, tmp
     bank.switch("it")
     for name, part in convert.read(tmp_path / "patch", base).items():
         assert torch.equal(part.values, model.get_parameter(name).detach().view(-1)[part.indices.long()])
-    with pytest.raises(ValueError, match="give the base"):
+    with pytest.raises(ValueError, match="give `base`"):
         convert.write(added, tmp_path / "none", "patch")
 
 
@@ -417,7 +417,7 @@ def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     save_file({f"{name}.indices": torch.zeros(1).int(), f"{name}.values": torch.zeros(1).half()}, tmp_path / "patch")
     with pytest.raises(ValueError, match=r"values are torch.float16, but torch.float32 in the base"):
         convert.read(tmp_path / "patch", base)
-    with pytest.raises(ValueError, match=r"the format patch does not tell the shapes.*give the base"):
+    with pytest.raises(ValueError, match=r"the format patch does not tell the shapes.*give `base`"):
         convert.read(tmp_path / "patch")
     with pytest.raises(ValueError, match="sparse already"):
         convert.read(tmp_path / "patch", base, top=0.1)

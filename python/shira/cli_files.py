@@ -60,7 +60,7 @@ def info(
 
     Example: shira info blue.safetensors --base llama/
     """
-    with _plainly(json):
+    with _plainly():
         from shira import convert as formats
 
         form = formats.format_of(file)
@@ -108,7 +108,7 @@ def diff(
 
     Example: shira diff llama/ llama-tuned/ -o tuned.safetensors --top 0.01
     """
-    with _plainly(json):
+    with _plainly():
         import shira
 
         _check_output(output, [base, tuned], force)
@@ -141,7 +141,7 @@ def apply(
 
     Example: shira apply llama/ blue.safetensors paint.safetensors -w 0.7 -w 0.3 -o llama-mix/
     """
-    with _plainly(json):
+    with _plainly(adapters):
         import shira
 
         pairs = _pairs(adapters, weight)
@@ -188,7 +188,7 @@ def fuse(
 
     Example: shira fuse blue.safetensors paint.safetensors -w 0.7 -w 0.3 --base llama/ -o mix.safetensors
     """
-    with _plainly(json):
+    with _plainly(adapters):
         import shira
 
         pairs = _pairs(adapters, weight)
@@ -234,7 +234,7 @@ def convert(
 
     Example: shira convert blue.safetensors --base llama/ --to peft-shira -o blue-peft/
     """
-    with _plainly(json):
+    with _plainly():
         from shira import convert as formats
 
         if to not in formats.WRITTEN:
@@ -251,8 +251,16 @@ def convert(
 
 
 @contextmanager
-def _plainly(json: bool) -> Iterator[None]:
+def _plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
     """Errors of the input become CommandErrors; our warnings one line each, and those of libraries nothing."""
+
+    def in_words_of_a_command(text: str) -> str:
+        for position, file in enumerate(adapters):
+            text = text.replace(f"adapters[{position}]", str(file))
+        for argument in ("top", "base", "common"):
+            text = text.replace(f"`{argument}`", f"--{argument}")
+        return " ".join(text.split())
+
     own = os.path.dirname(__file__)
     # transformers would draw bars of its own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -261,7 +269,7 @@ def _plainly(json: bool) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            raise CommandError(_as_options(str(error))) from None
+            raise CommandError(in_words_of_a_command(str(error))) from None
         except OSError as error:
             if error.filename is None or error.strerror is None:
                 raise
@@ -273,14 +281,7 @@ def _plainly(json: bool) -> Iterator[None]:
                 alike.setdefault(text.rpartition(": ")[2], []).append(text)
             for first, *others in alike.values():
                 more = f" (and {len(others)} more)" if others else ""
-                print(f"shira: warning: {' '.join(_as_options(first).split())}{more}", file=sys.stderr)
-
-
-def _as_options(text: str) -> str:
-    """A message of the library, whose arguments are options here."""
-    for argument in ("top", "base", "common"):
-        text = text.replace(f"`{argument}`", f"--{argument}")
-    return text
+                print(f"shira: warning: {in_words_of_a_command(first)}{more}", file=sys.stderr)
 
 
 @contextmanager

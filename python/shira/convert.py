@@ -132,7 +132,7 @@ def read(
     if form == "shira":
         return Adapter.load(path)
     if base is None:
-        raise ValueError(f"{path}: the format {form} does not tell the shapes and types of the weights: give the base")
+        raise ValueError(f"{path}: the format {form} does not tell the shapes and types of the weights: give `base`")
     folder = path if path.is_dir() else path.parent
     facts: dict[str, Any] = {"from": form, "file": os.path.basename(os.path.abspath(path))}
     if form == "peft-merged":
@@ -511,9 +511,7 @@ def _write_patch(adapter: Adapter, path: Path, base: Base | None, force: bool) -
     for label, part in adapter.items():
         name, values = canonical(label), part.values
         if part.kind == "add" and weights is None:
-            raise ValueError(
-                f"{label}: a patch has the new values, and this part is a change of the old: give the base"
-            )
+            raise ValueError(f"{label}: a patch has the new values, and this part is a change of the old: give `base`")
         if weights is not None:
             weight = weights[name]
             check_fits(label, part, weight)
