@@ -3,6 +3,7 @@
 from shira_kernels import backends
 from shira_kernels.ops.add_sparse_delta_mm import add_sparse_delta_mm
 from shira_kernels.ops.add_sparse_delta_mm_batched import add_sparse_delta_mm_batched
+from shira_kernels.ops.extract_changed import extract_changed
 from shira_kernels.ops.fuse_adapters import fuse_adapters
 from shira_kernels.ops.masked_adamw import masked_adamw
 from shira_kernels.ops.masked_grad import masked_grad
@@ -22,6 +23,7 @@ __all__ = [
     "add_sparse_delta_mm",
     "add_sparse_delta_mm_batched",
     "backends",
+    "extract_changed",
     "fuse_adapters",
     "masked_adamw",
     "masked_grad",

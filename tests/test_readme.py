@@ -26,7 +26,16 @@ def test_every_op_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "csrc/README.md", "bench/README.md", "docs/serving.md", "docs/training.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "csrc/README.md",
+        "bench/README.md",
+        "docs/convert.md",
+        "docs/serving.md",
+        "docs/training.md",
+    ],
 )
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shira_kernels.triton import _math, _sparse_delta, masked_grad
+from shira_kernels.triton import extract_changed as extract
 from shira_kernels.triton import fuse_adapters as fuse
 from shira_kernels.triton import masked_adamw as adamw
 from shira_kernels.triton import scatter_apply_batched as batched
@@ -37,6 +38,7 @@ def variants() -> Iterator[Variant]:
     yield from topk_variants()
     yield from fuse_variants()
     yield from sparse_delta_variants()
+    yield from extract_variants()
 
 
 def sparse_delta_variants() -> Iterator[Variant]:
@@ -107,6 +109,17 @@ def topk_variants() -> Iterator[Variant]:
         yield topk.topk_share_kernel, {**common, **shares, **constant}, constants
         for index in ("i32", "i64"):
             yield topk.topk_emit_kernel, {**common, **numbers, "result": f"*{index}", **constant}, constants
+
+
+def extract_variants() -> Iterator[Variant]:
+    for kind in ("u8", "i16", "i32", "i64"):
+        constants = {"BLOCK": extract.BLOCK}
+        common = {"base": f"*{kind}", "tuned": f"*{kind}", "numel": "i64", "counts": "*i64"}
+        constant = dict.fromkeys(constants, "constexpr")
+        yield extract.extract_count_kernel, {**common, **constant}, constants
+        for index in ("i32", "i64"):
+            results = {"ends": "*i64", "indices": f"*{index}", "values": f"*{kind}"}
+            yield extract.extract_write_kernel, {**common, **results, **constant}, constants
 
 
 def fuse_variants() -> Iterator[Variant]:

@@ -2,6 +2,7 @@
 // The including file has included the standard headers before it changed the target, so that no function of the
 // standard library is compiled for it.
 #include "csr_kernel.h"
+#include "extract_changed_kernel.h"
 #include "fuse_adapters_kernel.h"
 #include "masked_adamw_kernel.h"
 #include "masked_grad_kernel.h"
@@ -18,9 +19,16 @@ namespace shira {
 
 extern const CpuKernels SHIRA_TABLE(SHIRA_ISA);
 const CpuKernels SHIRA_TABLE(SHIRA_ISA) = {
-    SHIRA_NAME(SHIRA_ISA),          SHIRA_ISA::choose_scatter_apply,   SHIRA_ISA::choose_masked_grad,
-    SHIRA_ISA::choose_masked_adamw, SHIRA_ISA::choose_topk_indices,    SHIRA_ISA::choose_fuse_adapters,
-    SHIRA_ISA::strictly_rising,     SHIRA_ISA::choose_sparse_delta_mm, SHIRA_ISA::row_ptr_rises,
+    SHIRA_NAME(SHIRA_ISA),
+    SHIRA_ISA::choose_scatter_apply,
+    SHIRA_ISA::choose_masked_grad,
+    SHIRA_ISA::choose_masked_adamw,
+    SHIRA_ISA::choose_topk_indices,
+    SHIRA_ISA::choose_fuse_adapters,
+    SHIRA_ISA::choose_extract_changed,
+    SHIRA_ISA::strictly_rising,
+    SHIRA_ISA::choose_sparse_delta_mm,
+    SHIRA_ISA::row_ptr_rises,
     SHIRA_ISA::columns_fit,
 };
 

@@ -168,6 +168,11 @@ struct FuseAdapters {
   FuseWrite write;
 };
 
+// Writes the positions of [begin, end) where two tensors differ, and the second's elements there, where there is room
+// for all; returns how many.
+using ExtractChanged = int64_t (*)(const void* base, const void* tuned, int64_t begin, int64_t end, void* indices,
+                                   void* values);
+
 struct CpuKernels {
   const char* name;
   ScatterApply (*scatter_apply)(const ScatterForm&);
@@ -175,6 +180,7 @@ struct CpuKernels {
   MaskedAdamW (*masked_adamw)(const AdamWForm&);
   TopkIndices (*topk_indices)(int64_t element_size);
   FuseAdapters (*fuse_adapters)(Element value, FusePolicy policy);
+  ExtractChanged (*extract_changed)(int64_t element_size, bool wide);  // wide: int64 rather than int32 indices
   // Whether count indices (int64 where wide, else int32) are strictly rising.
   bool (*strictly_rising)(const void* indices, int64_t count, bool wide);
   ChooseSparseDeltaMm sparse_delta_mm;

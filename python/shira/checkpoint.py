@@ -1,4 +1,4 @@
-"""A base on disk: the weights of a safetensors file, or of a folder of them, read one at a time."""
+"""A base: a model, its state dict, or on disk a safetensors file or a folder of them, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -8,13 +8,33 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
+
+# A model whose weights hold the base, its state dict, a safetensors file of it, or a folder of such files.
+Base = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 
 INDEX = "model.safetensors.index.json"  # of Hugging Face models in several files
 SINGLE = "model.safetensors"
 
 
+def open_tensors(base: Base, argument: str = "base") -> Mapping[str, torch.Tensor]:
+    """The tensors of a base by their own names, those on disk read when they are asked for.
+
+    Raises:
+        ValueError: `base` is none of what a base may be, or no safetensors are there, naming the argument or the path.
+        OSError: something cannot be read.
+    """
+    if isinstance(base, nn.Module):
+        return {name: tensor.detach() for name, tensor in base.state_dict().items()}
+    if isinstance(base, Mapping):
+        return base
+    if isinstance(base, (str, os.PathLike)):
+        return TensorFolder(base)
+    raise ValueError(f"{argument} must be a model, its state dict or the path of safetensors, got {base!r}")
+
+
 class TensorFolder(Mapping[str, torch.Tensor]):
-    """A folder of safetensors files as a read-only mapping: name -> tensor, read when it is asked for.
+    """A folder of safetensors files, or one file, as a read-only mapping: name -> tensor, read when it is asked for.
 
     The files are those that `model.safetensors.index.json` lists; without one `model.safetensors`; without that, all.
 
@@ -25,6 +45,11 @@ class TensorFolder(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
+        if not folder.is_dir():
+            with open(folder, "rb"):  # for the usual OSError, with errno and path
+                pass
+            self._files = dict.fromkeys(_names(folder), folder)
+            return
         if (folder / INDEX).exists():
             self._files = _indexed(folder / INDEX)
             return
@@ -37,6 +62,11 @@ class TensorFolder(Mapping[str, torch.Tensor]):
                 if name in self._files:
                     raise ValueError(f"{folder}: {name!r} is in {self._files[name].name} and in {path.name}")
                 self._files[name] = path
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """The file that each tensor is in."""
+        return self._files
 
     def __getitem__(self, name: str) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open

@@ -9,14 +9,12 @@ from typing import Annotated
 
 import typer
 
+from shira.cli_files import CommandError, add_commands
+
 app = typer.Typer(help="Sparse high-rank adapters: train, save, switch.", add_completion=False, no_args_is_help=True)
 
 # Its module differs: older versions of typer raise click's, newer ones their own.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.mro()[1]
-
-
-class CommandError(Exception):
-    """What the user can put right; its text is all that is shown."""
 
 
 @app.callback()
@@ -160,6 +158,9 @@ def bench(
         latency.run_bench(adapters or [], base=base, device=device, threads=threads, seconds=seconds, json_file=json)
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from None
+
+
+add_commands(app)
 
 
 def main() -> None:

@@ -12,13 +12,13 @@ from torch import nn
 
 from shira.adapter import Adapter, AdapterTensor, checksum_of
 from shira.attach import check_base, check_fits
+from shira.checkpoint import Base as Base
 from shira.checkpoint import TensorFolder
+from shira.difference import Progress, no_progress
 from shira.names import canonical, first_names, resolve
 from shira_kernels import fuse_adapters
 from shira_kernels.ops.fuse_adapters import POLICIES
 
-# A model whose weights hold the base, its state dict, a safetensors file of it, or a folder of such files.
-Base = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 _Read = Callable[[], torch.Tensor]
 _Find = Callable[[str], tuple[str, _Read | None]]
 
@@ -30,6 +30,7 @@ def fuse(
     base: Base | None = None,
     *,
     force: bool = False,
+    progress: Progress = no_progress,
 ) -> Adapter:
     """Several adapters as one, of kind "add": what they change together, entry by entry.
 
@@ -46,6 +47,7 @@ def fuse(
         base: the tensors that the adapters were made for: a model whose weights hold them now, a state dict, or the
             path of a safetensors file or of a folder of them. Adapters of kind "replace" need it.
         force: fuse also adapters that were made for another base.
+        progress: called before each tensor, with how many are done, how many there are, and its name.
 
     Returns:
         An adapter with float32 values (float64 for float64 tensors), which are rounded only where they are applied.
@@ -75,7 +77,10 @@ def fuse(
         for position, (_, adapter, strength) in enumerate(loaded):
             for name, (label, tensor, read) in _parts(adapter, find).items():
                 by_name.setdefault(name, []).append((f"adapters[{position}]: {label}", tensor, read, strength))
-        tensors = {name: _fused(parts, policy, force) for name, parts in by_name.items()}
+        tensors = {}
+        for done, (name, parts) in enumerate(by_name.items()):
+            progress(done, len(by_name), name)
+            tensors[name] = _fused(parts, policy, force)
     return Adapter(tensors, provenance={"policy": policy, "adapters": [_origin(*entry) for entry in loaded]})
 
 

@@ -1,0 +1,328 @@
+"""`shira info, diff, apply, fuse, convert`, as at a terminal: what they write, say, refuse, and leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import bits
+from safetensors.torch import load_file, save_file
+
+import shira
+from shira import Adapter, AdapterTensor, cli, convert
+from shira.checkpoint import TensorFolder
+
+SHAPES = {"layers.0.q.weight": (40, 30), "layers.1.q.weight": (40, 30), "norm.weight": (40,)}
+State = dict[str, torch.Tensor]
+
+
+def make_state(seed: int = 0) -> State:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=draw).bfloat16() for name, shape in SHAPES.items()}
+
+
+def tuned_of(state: State, seed: int = 1) -> State:
+    tuned = {name: tensor.clone() for name, tensor in state.items()}
+    for name in ("layers.0.q.weight", "layers.1.q.weight"):
+        tuned[name].view(-1)[seed * 7 :: 53] += seed
+    return tuned
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the current folder: base/, tuned/, other/ of two files each, base.safetensors; adapters a, b, unknown, cut."""
+    monkeypatch.chdir(tmp_path)
+    base = make_state()
+    for folder, state in {"base": base, "tuned": tuned_of(base), "other": make_state(5)}.items():
+        Path(folder).mkdir()
+        names = list(state)
+        parts = {"model-1.safetensors": names[:1], "model-2.safetensors": names[1:]}
+        for file, inside in parts.items():
+            save_file({name: state[name] for name in inside}, Path(folder) / file, metadata={"format": "pt"})
+        index = {"weight_map": {name: file for file, inside in parts.items() for name in inside}}
+        (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index))
+        (Path(folder) / "config.json").write_text("{}")
+    save_file(base, "base.safetensors")
+    for name, seed in (("a", 1), ("b", 2)):
+        shira.diff(base, tuned_of(base, seed)).save(name)
+    unknown = {n: AdapterTensor(p.indices, p.values, p.shape, p.dtype) for n, p in Adapter.load("a").items()}
+    Adapter(unknown).save("unknown")
+    convert.write(Adapter.load("a"), "a-patch", "patch")
+    Path("text").write_text("hello")
+    torch.save(base, "adapter.bin")
+    Path("peft").mkdir()
+    Path("peft/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    Path("peft/adapter_model.bin").write_bytes(b"")
+    Path("cut").write_bytes(Path("a").read_bytes()[:-9])
+    return tmp_path
+
+
+class Run:
+    """`shira` in this process, with the arguments of a command line."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, line: str) -> tuple[int, str, str]:
+        self.monkeypatch.setattr("sys.argv", ["shira", *line.split()])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert isinstance(stopped.value.code, int)
+        out, error = self.capsys.readouterr()
+        return stopped.value.code, out, error
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(monkeypatch, capsys)
+
+
+def test_diff_and_apply_at_a_terminal(files: Path) -> None:
+    """In processes of their own, where also warnings of libraries would be seen."""
+
+    def shira_in_a_process(line: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, "-m", "shira.cli", *line.split()], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, error = shira_in_a_process("diff base tuned -o new.safetensors")
+    assert (code, error) == (0, "")
+    assert out.startswith("new.safetensors: 46 entries in 2 tensors, density 1.917%, kind replace, ")
+    code, out, error = shira_in_a_process("apply base new.safetensors -o merged")
+    assert (code, out, error) == (0, "merged: 46 entries of 2 tensors written into 2 files\n", "")
+    for name, tensor in tuned_of(make_state()).items():
+        assert torch.equal(bits(TensorFolder(files / "merged")[name]), bits(tensor))
+    assert sorted(os.listdir("merged")) == sorted(os.listdir("base"))
+
+
+def test_info(files: Path, run: Run) -> None:
+    code, out, error = run("info a --base base")
+    assert (code, error) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["tensor", "shape", "dtype", "kind", "entries", "density", "base"]
+    assert lines[1][:-1] == ["layers.0.q.weight", "40", "x", "30", "bfloat16", "replace", "23", "1.917%"]
+    assert "a: format shira, 46 entries in 2 tensors, density 1.917%" in out
+    assert "the base base: the one that the adapter was made for" in out
+    facts = json.loads(run("info a --json")[1])
+    assert (facts["file"], facts["format"], facts["entries"]) == ("a", "shira", 46)
+    assert facts["bytes"] == Path("a").stat().st_size
+    assert facts["tensors"]["layers.1.q.weight"]["shape"] == [40, 30]
+    assert facts["tensors"]["layers.1.q.weight"]["checksum"] == Adapter.load("a")["layers.1.q.weight"].checksum
+    assert json.loads(run("info a --base other --json")[1])["base"].startswith("another base: 2 of 2 tensors")
+    assert "checksums are not known" in run("info unknown --base base")[1]
+    assert "no checksum of the base in 2 of 2 tensors" in run("info unknown")[1]
+    save_file({"layers.0.q.weight": torch.zeros(2, 2)}, "small")
+    assert "another model: layers.0.q.weight: the adapter's shape" in run("info a --base small")[1]
+    save_file({"x": torch.zeros(2, 2)}, "lacking")
+    assert "another model: it has no tensor layers.0.q.weight" in run("info a --base lacking")[1]
+
+
+def test_info_of_other_formats(files: Path, run: Run) -> None:
+    convert.write(Adapter.load("a"), "patch", "patch")
+    out = run("info patch")[1]
+    assert "patch: format patch, 4 arrays" in out
+    assert "layers.0.q.weight.indices" in out
+    facts = json.loads(run("info patch --json")[1])
+    assert facts["arrays"]["layers.0.q.weight.values"] == {"shape": [23], "dtype": "bfloat16"}
+    facts = json.loads(run("info patch --base base --json")[1])
+    assert (facts["format"], facts["entries"]) == ("patch", 46)
+
+
+def test_diff(files: Path, run: Run) -> None:
+    code, out, error = run("diff base.safetensors tuned -o new --json")
+    assert (code, error) == (0, "")
+    facts = json.loads(out)
+    assert (facts["output"], facts["entries"]) == ("new", 46)
+    assert facts["provenance"] == {"diff": {"base": "base.safetensors", "tuned": "tuned"}}
+    assert Adapter.load("new").nnz == 46
+    code, out, _ = run("diff base tuned -o new --top 0.01 --force")
+    assert code == 0
+    assert "24 entries in 2 tensors" in out
+    assert "52.3% of the energy" in out
+    save_file({"norm.weight": make_state()["norm.weight"] + 1}, "dense")
+    code, _, error = run("diff base dense -o dense-diff --common")
+    assert code == 0
+    assert error == (
+        "shira: warning: not sparse: more than 10% of the entries changed in norm.weight (100.0%); "
+        "--top keeps only the largest changes\n"
+    )
+
+
+def test_apply(files: Path, run: Run) -> None:
+    code, out, error = run("apply base.safetensors a b -w 0.7 -w -0.5 -o mix --json")
+    assert (code, error) == (0, "")
+    facts = json.loads(out)
+    assert facts["adapters"] == [{"file": "a", "weight": 0.7}, {"file": "b", "weight": -0.5}]
+    shira.merge_checkpoint("base.safetensors", [("a", 0.7), ("b", -0.5)], "expected")
+    assert Path("mix").read_bytes() == Path("expected").read_bytes()
+    code, _, error = run("apply base.safetensors unknown -o from-unknown")
+    assert code == 0
+    assert error == ("shira: warning: unknown: no checksum in 2 of 2 tensors, so it may be of another base\n")
+    assert run("apply base.safetensors a-patch -o from-patch")[0] == 0
+    assert Path("from-patch").read_bytes() == Path("from-unknown").read_bytes()
+    assert run("apply other a -o forced --any-base")[0] == 0
+
+
+def test_fuse(files: Path, run: Run) -> None:
+    code, out, error = run("fuse a b -w 0.7 -w 0.3 --base base -o mix --policy mean --json")
+    assert (code, error) == (0, "")
+    facts = json.loads(out)
+    assert [entry["weight"] for entry in facts["provenance"]["adapters"]] == [0.7, 0.3]
+    assert [entry["name"] for entry in facts["provenance"]["adapters"]] == ["a", "b"]
+    expected = shira.fuse([("a", 0.7), ("b", 0.3)], "mean", "base")
+    for name, part in Adapter.load("mix").items():
+        assert torch.equal(part.values, expected[name].values)
+    code, _, error = run("fuse unknown unknown --base base -o twice")
+    assert code == 0
+    assert error.count("\n") == 1
+    assert "no checksum, so the adapter may belong to another base (and " in error
+
+
+def test_convert(files: Path, run: Run) -> None:
+    code, out, error = run("convert a --to patch -o patch --json")
+    assert (code, error) == (0, "")
+    assert {key: json.loads(out)[key] for key in ("from", "to", "entries")} == {
+        "from": "shira",
+        "to": "patch",
+        "entries": 46,
+    }
+    assert load_file("patch")["layers.0.q.weight.indices"].dtype == torch.int32
+    code, out, error = run("convert patch --base base -o again")
+    assert (code, error) == (0, "")
+    assert "it has no checksum of its base" in out
+    code, out, _ = run("convert patch --base base --trust-base -o trusted")
+    assert "no checksum" not in out
+    for name, part in Adapter.load("trusted").items():
+        assert part.checksum == Adapter.load("a")[name].checksum
+    code, out, error = run("convert a --base base --to peft-shira -o a-peft")
+    assert (code, error) == (0, "")
+    assert sorted(os.listdir("a-peft")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert run("convert a --base base --to peft-shira -o a-peft --force")[0] == 0
+    assert convert.read("a-peft", "base").nnz == 2 * 70  # r (rows + columns), r = 1
+
+
+BAD = {
+    "diff base tuned -o a": "a: there already; --force replaces it",
+    "diff base tuned -o none/new": "none/new: there is no folder none",
+    "diff base tuned -o peft --force": "peft: it must be a file, and there is a folder",
+    "diff base tuned -o base/new": "base/new: the output must be apart from base, which is read",
+    "diff base.safetensors tuned -o base.safetensors --force": "must be apart from base.safetensors, which is read",
+    "diff base none -o new": "none: No such file or directory",
+    "diff base cut -o new": "cut: not a whole safetensors file",
+    "diff base adapter.bin -o new": "adapter.bin: not a whole safetensors file",
+    "diff base peft -o new": "peft: the folder has no safetensors file",
+    "diff base a -o new": "and 2 more; compare those that both have with --common",
+    "diff base tuned -o new --top 2": "top must be a share of each tensor's entries, above 0 and up to 1, got 2.0",
+    "diff base tuned -o new --top x": "Invalid value for '--top'",
+    "diff base tuned": "Missing option '--output'",
+    "diff base": "Missing argument 'TUNED'",
+    "info": "Missing argument 'FILE'",
+    "info none": "none: No such file or directory",
+    "info cut": "cut: not a whole safetensors file",
+    "info base.safetensors": "base.safetensors: no known adapter: neither a shira file nor a patch",
+    "info base": "base: a folder without adapter_config.json holds no adapter",
+    "info adapter.bin": "adapter.bin: this looks like a pickle of torch.save, which is never read: use safetensors",
+    "info peft": "peft: there is no adapter_model.safetensors; adapter_model.bin is a pickle, which is never read",
+    "info a --base none": "none: No such file or directory",
+    "apply base a -o tuned": "tuned: there already; --force replaces it",
+    "apply base a -o peft --force": "peft: not replaced, because it holds adapter_config.json, which",
+    "apply base a -o . --force": "must be apart from base, which is read",
+    "apply base a -o base.safetensors --force": "the base is a folder, so the output must be one, and there is a file",
+    "apply base.safetensors a -o tuned --force": "the base is a file, so the output must be one, and there is a folder",
+    "apply other a -o new": "shira: a: layers.0.q.weight: the adapter belongs to another base",
+    "apply base a b -w 1 -o new": "give --weight once for each adapter or not at all: 2 adapters, 1 weights",
+    "apply base a -w nan -o new": "shira: a: the strength must be a finite float32 number, got nan",
+    "apply base none -o new": "none: No such file or directory",
+    "apply none a -o new": "none: No such file or directory",
+    "apply base adapter.bin -o new": "looks like a pickle",
+    "fuse a -o new": "shira: a: layers.0.q.weight: a part of kind 'replace' becomes a delta by subtracting the base",
+    "fuse a --base base --policy best -o new": "policy must be one of sum, mean, last, ties, got 'best'",
+    "fuse a --base other -o new": "shira: a: layers.0.q.weight: the adapter belongs to another base",
+    "fuse a -o a --force": "a: the output must be apart from a, which is read",
+    "convert a --to lora -o new": "--to must be one of shira, peft-shira, patch, got 'lora'",
+    "convert peft --base base -o new": "adapter_model.bin is a pickle, which is never read",
+    "convert a --top 0.1 -o new": "a: --top is for adapters that are merged, and this one is sparse already (shira)",
+    "convert a --to peft-shira -o new": "give --base",
+    "convert a-patch -o new": "the format patch does not tell the shapes and types of the weights: give --base",
+    "info a --base text": "text: not a whole safetensors file",
+    "convert a --to peft-shira --base other -o new": "the adapter belongs to another base",
+    "convert a --to peft-shira --base base -o tuned --force": "tuned: not replaced, because it holds config.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(files: Path, run: Run, line: str) -> None:
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    code, out, error = run(line)
+    assert (code, out) == (2, "")
+    assert error.startswith("shira: ")
+    assert error.count("\n") == 1
+    assert BAD[line] in error
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["info", "diff", "apply", "fuse", "convert"])
+def test_help_has_examples(run: Run, command: str) -> None:
+    code, out, _ = run(f"{command} --help")
+    assert code == 0
+    assert f"Example: shira {command} " in out
+
+
+INTERRUPTED = [
+    "diff base tuned -o a --force",
+    "apply base a -o merged --force",
+    "fuse a b --base base -o mix",
+    "convert a --to patch -o patch",
+    "convert a --base base --to peft-shira -o new-peft",
+]
+
+
+@pytest.mark.parametrize("line", INTERRUPTED)
+def test_an_interrupt_while_writing_leaves_what_was_there(
+    files: Path, run: Run, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree("base", "merged")
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+
+    def interrupt(*_: object) -> None:
+        assert len(list(files.rglob("*"))) > len(before)  # something has been written
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupt)
+        assert run(line) == (130, "", "")
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+    assert not list(files.glob(".*"))
+
+
+# Stops where a write has begun, says so, and waits for the signal.
+PAUSED = """
+import os, sys, time
+from shira import cli
+def pause(*args):
+    print("writing", flush=True)
+    time.sleep(60)
+os.fsync = pause
+sys.argv = ["shira", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_control_c_at_a_terminal(files: Path) -> None:
+    shutil.copytree("base", "merged")
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    command = [sys.executable, "-c", PAUSED, *INTERRUPTED[1].split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (130, b"", b"")
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
