@@ -8,13 +8,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(path.stem for path in (ROOT / "shira_kernels/ops").glob("[a-z]*.py"))
+HOST_OPS = ("decode_indices", "encode_indices")  # for files: they have no kernels for GPUs
 
 
 def problems() -> list[str]:
     found = []
     for op in OPS:
         for path in (f"shira_kernels/reference/{op}.py", f"shira_kernels/triton/{op}.py", f"csrc/cpu/{op}.cpp"):
-            if not (ROOT / path).is_file():
+            if not (ROOT / path).is_file() and not (op in HOST_OPS and "triton" in path):
                 found.append(f"op {op} has no {path}")
         if not (ROOT / f"tests/test_{op}.py").is_file():
             found.append(f"op {op} has no tests/test_{op}.py")

@@ -1,6 +1,8 @@
 // Compiles every kernel header for the instruction set that the including file chose, and makes its table.
 // The including file has included the standard headers before it changed the target, so that no function of the
 // standard library is compiled for it.
+#include "decode_indices_kernel.h"
+#include "encode_indices_kernel.h"
 #include "fuse_adapters_kernel.h"
 #include "masked_adamw_kernel.h"
 #include "masked_grad_kernel.h"
@@ -18,7 +20,8 @@ extern const CpuKernels SHIRA_TABLE(SHIRA_ISA);
 const CpuKernels SHIRA_TABLE(SHIRA_ISA) = {
     SHIRA_NAME(SHIRA_ISA),          SHIRA_ISA::choose_scatter_apply, SHIRA_ISA::choose_masked_grad,
     SHIRA_ISA::choose_masked_adamw, SHIRA_ISA::choose_topk_indices,  SHIRA_ISA::choose_fuse_adapters,
-    SHIRA_ISA::strictly_rising,
+    SHIRA_ISA::strictly_rising,     SHIRA_ISA::decode_indices,       SHIRA_ISA::escape_bytes,
+    SHIRA_ISA::encode_indices,
 };
 
 }  // namespace shira
