@@ -63,6 +63,6 @@ def decode_indices(code: torch.Tensor, nnz: int, numel: int) -> torch.Tensor:
 
     Raises:
         RuntimeError: naming the argument: wrong dtype or shape, a code that is damaged (bytes missing or left over, a
-            table that disagrees with its blocks, an escape that is longer than it need be), an index outside [0, numel).
+            table that disagrees with its blocks, an escape longer than it need be), an index outside [0, numel).
     """
     return torch.ops.shira.decode_indices(code, nnz, numel)

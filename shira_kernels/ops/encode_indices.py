@@ -62,6 +62,7 @@ def encode_indices(indices: torch.Tensor, numel: int) -> torch.Tensor:
         [bytes] uint8: of nnz indices at least nnz bytes and at most 11 nnz.
 
     Raises:
-        RuntimeError: naming the argument: wrong dtype or shape, indices that are unsorted, repeated or outside [0, numel).
+        RuntimeError: naming the argument: wrong dtype or shape, indices that are unsorted, repeated or outside
+            [0, numel).
     """
     return torch.ops.shira.encode_indices(indices, numel)
