@@ -176,8 +176,8 @@ class Peft:
     def check(self) -> None:
         loaded = dict(self.peft.named_parameters())
         assert len(self.saved) >= len(LLAMA.shapes)
-        for name, parameter in self.saved.items():
-            assert torch.equal(loaded[name], parameter), name
+        for name, parameter in self.saved.items():  # PEFT's loading rounds to the model's dtype
+            torch.testing.assert_close(loaded[name], parameter, rtol=torch.finfo(DTYPE).eps, atol=0)
 
 
 def make_random_shira(model: Any) -> Any:

@@ -234,7 +234,7 @@ def _read_header(file: BinaryIO, size: int) -> bytes:
     """The header with the eight bytes of its length before it; its checksum is right."""
     length = bytearray(8)
     if size < 8:
-        raise ValueError(f"the file is cut short: {size} bytes")
+        raise ValueError(f"the file is cut short, or no safetensors file: it has {size} bytes")
     _read_into(file, memoryview(length))
     count = int.from_bytes(length, "little")
     if count > min(_MAX_HEADER, size - 8):
