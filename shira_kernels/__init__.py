@@ -3,6 +3,8 @@
 from shira_kernels import backends
 from shira_kernels.ops.add_sparse_delta_mm import add_sparse_delta_mm
 from shira_kernels.ops.add_sparse_delta_mm_batched import add_sparse_delta_mm_batched
+from shira_kernels.ops.decode_indices import decode_indices
+from shira_kernels.ops.encode_indices import encode_indices
 from shira_kernels.ops.extract_changed import extract_changed
 from shira_kernels.ops.fuse_adapters import fuse_adapters
 from shira_kernels.ops.masked_adamw import masked_adamw
@@ -23,6 +25,8 @@ __all__ = [
     "add_sparse_delta_mm",
     "add_sparse_delta_mm_batched",
     "backends",
+    "decode_indices",
+    "encode_indices",
     "extract_changed",
     "fuse_adapters",
     "masked_adamw",

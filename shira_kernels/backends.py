@@ -268,7 +268,7 @@ def _choose_gpu_backend() -> dict[str, str]:
             choice[op] = "cuda"
         elif has_triton:
             choice[op] = "triton"
-        elif wanted == "triton":
+        elif wanted == "triton" and importlib.util.find_spec("triton") is None:
             raise RuntimeError(f"SHIRA_GPU_BACKEND=triton, but shira::{op} cannot run on it: triton is not installed")
         else:
             choice[op] = "reference"

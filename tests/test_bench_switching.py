@@ -21,7 +21,15 @@ def bench() -> Any:
     """The modules of bench/ that this file tests."""
     sys.path.insert(0, BENCH)
     try:
-        names = "bench_adapter_steps", "bench_dimensions", "bench_switching", "compare", "drift", "switching_sides"
+        names = (
+            "bench_adapter_file",
+            "bench_adapter_steps",
+            "bench_dimensions",
+            "bench_switching",
+            "compare",
+            "drift",
+            "switching_sides",
+        )
         return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(BENCH)
@@ -141,3 +149,15 @@ def test_drift_refuses_wrong_arguments(
     with pytest.raises(SystemExit, match="2"):
         drift.main()
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["decode_indices", "encode_indices"])
+def test_code_of_indices(bench: Any, compare: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.bench_adapter_file, "cache_bytes", lambda _: 1)
+    lists = [(torch.arange(0, 50_000, 7, dtype=torch.int32), 50_000)]
+    bench.bench_adapter_file.test_code(compare, bench.compare.Place("cpu"), way, lambda _: lists, 0.01)
+
+
+def test_file_to_model(bench: Any, compare: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.bench_adapter_file, "LLAMA", tiny)
+    bench.bench_adapter_file.test_file_to_model(compare, bench.compare.Place("cpu"), tmp_path)

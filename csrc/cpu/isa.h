@@ -2,6 +2,8 @@
 // The including file has included the standard headers before it changed the target, so that no function of the
 // standard library is compiled for it.
 #include "csr_kernel.h"
+#include "decode_indices_kernel.h"
+#include "encode_indices_kernel.h"
 #include "extract_changed_kernel.h"
 #include "fuse_adapters_kernel.h"
 #include "masked_adamw_kernel.h"
@@ -30,6 +32,9 @@ const CpuKernels SHIRA_TABLE(SHIRA_ISA) = {
     SHIRA_ISA::choose_sparse_delta_mm,
     SHIRA_ISA::row_ptr_rises,
     SHIRA_ISA::columns_fit,
+    SHIRA_ISA::decode_indices,
+    SHIRA_ISA::escape_bytes,
+    SHIRA_ISA::encode_indices,
 };
 
 }  // namespace shira

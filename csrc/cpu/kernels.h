@@ -173,6 +173,19 @@ struct FuseAdapters {
 using ExtractChanged = int64_t (*)(const void* base, const void* tuned, int64_t begin, int64_t end, void* indices,
                                    void* values);
 
+// A block of coded indices: see docs/format.md.
+struct IndexBlock {
+  const uint8_t* gaps;
+  const uint8_t* escapes;
+  const uint8_t* escapes_end;
+  int64_t count;
+  int64_t before;  // the index before the block's first, or -1
+  int64_t last;    // what its last index must be, or -1 where that is open
+  int64_t limit;   // all must be below
+};
+
+enum class DecodeError : uint8_t { None, EscapesEnd, EscapesLeft, LongEscape, Outside, Border };
+
 struct CpuKernels {
   const char* name;
   ScatterApply (*scatter_apply)(const ScatterForm&);
@@ -188,6 +201,12 @@ struct CpuKernels {
   bool (*row_ptr_rises)(const void* row_ptr, int64_t count, bool wide);
   // Whether columns are sorted and unique in each row, and lie in [0, columns).
   bool (*columns_fit)(const CsrRows&);
+  // Writes block.count indices; on an error what they hold is undefined.
+  DecodeError (*decode_indices)(const IndexBlock& block, void* indices, bool wide);
+  // How many bytes the escapes of count indices take, and the code; `before` is the index before the first, or -1.
+  int64_t (*escape_bytes)(const void* indices, bool wide, int64_t count, int64_t before);
+  void (*encode_indices)(const void* indices, bool wide, int64_t count, int64_t before, uint8_t* gaps,
+                         uint8_t* escapes);
 };
 
 extern const CpuKernels base_kernels;

@@ -58,11 +58,11 @@ class Arena:
         if bool((self.offsets % unit).any()):
             return self
         runs = self.indices.view(-1, unit)
-        first = runs[:, 0]
-        if bool((first % unit).any()) or bool(
-            (runs[:, -1] != first + (unit - 1)).any()
-        ):  # sorted, unique: side by side
-            return self
+        for some in (runs[:64], runs):  # the first ones mostly tell
+            first = some[:, 0]
+            # Sorted and unique: if the first and the last are that far apart, the others lie between.
+            if bool((first % unit).any()) or bool((some[:, -1] != first + (unit - 1)).any()):
+                return self
         return Arena(self.ranks, self.weights, self.offsets // unit, first // unit, unit)
 
     @property
@@ -213,7 +213,7 @@ def mixed_delta(old: torch.Tensor, shares: list[Share], strengths: Mapping[str, 
 
 def base_entries(weight: torch.Tensor, indices: torch.Tensor, kept: Kept) -> torch.Tensor:
     """The base's entries, whatever the weight holds now."""
-    entries = weight.detach().view(-1)[indices]
+    entries = weight.detach().view(-1).index_select(0, indices)  # twice as fast as [indices]
     if weight in kept and kept[weight][0].numel():
         changed, old = kept[weight]
         place = torch.searchsorted(changed, indices.to(changed.dtype)).clamp_(max=changed.numel() - 1)

@@ -190,7 +190,7 @@ def _delta(label: str, tensor: AdapterTensor, weight: torch.Tensor | None, force
 
 def entries_of(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The weight's entries at flat `indices`, on the device of those."""
-    return weight.detach().view(-1)[indices.to(weight.device)].to(indices.device)
+    return weight.detach().view(-1).index_select(0, indices.to(weight.device)).to(indices.device)
 
 
 @contextmanager

@@ -527,7 +527,8 @@ class ResidentAdapters:
             base = base_entries(weight, tensor.indices.to(weight.device), kept)
             if not force:
                 check_base(names[weight], tensor, base)
-            checksums[weight] = checksum_of(base)
+            compared = None if force else tensor.checksum
+            checksums[weight] = compared or checksum_of(base)
             kind = ((weight.dtype, weight.device), tensor.kind == "add", tensor.values.dtype)
             alike.setdefault(kind, []).append(weight)
 
