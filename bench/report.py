@@ -28,6 +28,7 @@ LEGEND = """\
   copy also loads each line that it writes, which is not counted, so a share may exceed 100 %.
 - **of byte bound**: the time in which a streaming update in place moves the bytes that ours must move, over this side's
   time.
+- **overhead**: the time above that of the floor, a side that does only what all sides have to do.
 - **host**: on a GPU, the time until the call returned; the medians there are times on the device.
 """
 
@@ -162,6 +163,7 @@ def table(cases: list[Case]) -> list[str]:
         "of copy",
         "of byte bound",
     ]
+    columns += ["overhead"] if has_floor(cases) else []
     columns += ["host"] if on_gpu else []
     columns += ["steps/s", "trained", "peak memory over the floor"] if is_training(cases) else []
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -182,11 +184,21 @@ def table(cases: list[Case]) -> list[str]:
             # Warm data is in the cache, where memory bandwidth says nothing.
             shares = [f"{side['gb_per_s']:.1f}", f"{side['share_of_copy']:.0%}", f"{side['share_of_byte_bound']:.0%}"]
             cells += shares if case.is_cold else [""] * len(shares)
+            cells += [overhead(case, name)] if has_floor(cases) else []
             cells += [format_time(side["host_us"]) if side["host_us"] else ""] if on_gpu else []
             if is_training(cases):
                 cells += [f"{1e6 / side['median_us']:.3f}", f"{case.info['trained'][name]:,}", memory(case, name)]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def has_floor(cases: list[Case]) -> bool:
+    return "floor" in cases[0].info
+
+
+def overhead(case: Case, name: str) -> str:
+    """What a side takes more than the floor, which does a part of its work."""
+    return f"{case.sides[name]['ratio'] / case.sides[case.info['floor']]['ratio'] - 1:+.1%}"
 
 
 def is_training(cases: list[Case]) -> bool:

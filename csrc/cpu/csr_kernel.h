@@ -22,7 +22,7 @@ inline bool row_ptr_rises(const void* row_ptr, int64_t count, bool wide) {
 // Where columns do not rise, counted twice: everywhere, and where a row begins. A negative column is a large one here.
 template <class Unsigned>
 bool columns_fit_of(const CsrRows& rows) {
-  constexpr int64_t kBlock = 256 - 1;  // what the counter of a block holds, whatever its type
+  constexpr int64_t kBlock = 1 << 15;  // what the counter of a block holds, whatever its type
   const auto* col = static_cast<const Unsigned*>(rows.col) + rows.shift;
   const int64_t first = rows.border(rows.begin), last = rows.border(rows.end);
   if (first == last) return true;
@@ -37,9 +37,10 @@ bool columns_fit_of(const CsrRows& rows) {
     }
     falls += block_falls;
   }
-  for (int64_t row = rows.begin + 1; row < rows.end; ++row) {
-    const int64_t begin = rows.border(row);
-    if (begin > first && begin < rows.border(row + 1)) falls -= col[begin] <= col[begin - 1];
+  for (int64_t row = rows.begin + 1, begin = rows.border(row); row < rows.end; ++row) {
+    const int64_t end = rows.border(row + 1);
+    if (begin > first && begin < end) falls -= col[begin] <= col[begin - 1];
+    begin = end;
   }
   return falls == 0 && static_cast<int64_t>(largest) < rows.columns;
 }

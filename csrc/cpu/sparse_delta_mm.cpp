@@ -16,7 +16,7 @@ namespace shira {
 namespace {
 
 constexpr int64_t kWaveBytes = 3 << 19;         // of panels, for each thread
-constexpr int64_t kRowsTogether = 16;           // of a thread's share: what a kernel writes at a time
+constexpr int64_t kRowsTogether = 32;           // of a thread's share: what a kernel writes at a time
 constexpr int64_t kBlockCost = 12;              // an entry costs as much as this many tokens in it
 constexpr int64_t kCostPerThread = 16384 * 13;  // below this a thread costs more than it saves
 

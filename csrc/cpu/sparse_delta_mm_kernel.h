@@ -27,18 +27,71 @@ inline void row_sums(const S* panel, const Col* col, const V* values, int64_t co
   memcpy(sums, added, sizeof(added));
 }
 
-template <int N, class T>
-inline void write_sums(T* out, Lanes<typename Compute<T>::type, N> sums, bool accumulate) {
-  store_narrowed<N>(accumulate ? widened<N>(out) + sums : sums, out);
+// Of one token, entry i of a row in lane i, i + 16 in lane i again: the products of neighbours at the same time.
+template <class S, class V, class Col>
+inline Vector<S> row_lanes(const S* x, const Col* col, const V* values, int64_t count) {
+  constexpr int N = kLanes<S>;
+  Vector<S> added{};
+#if SHIRA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) {
+    for (int64_t e = 0; e < count; e += N) {
+      const int64_t left = count - e;
+      const auto in = static_cast<__mmask16>(left < N ? (1u << left) - 1 : 0xffff);
+      const auto halves = [&](const void* from) {
+        return zero_extended<N>((Lanes<uint16_t, N>)_mm256_maskz_loadu_epi16(in, from));
+      };
+      __m512i at;
+      if constexpr (sizeof(Col) == 2)
+        at = (__m512i)halves(col + e);
+      else
+        at = _mm512_maskz_loadu_epi32(in, col + e);
+      __m512 value;
+      if constexpr (std::is_same_v<V, float>)
+        value = _mm512_maskz_loadu_ps(in, values + e);
+      else if constexpr (std::is_same_v<V, BFloat16>)
+        value = (__m512)(halves(values + e) << 16);
+      else
+        value = _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(in, values + e));
+      added = add_product(added, (Vector<S>)value, (Vector<S>)_mm512_mask_i32gather_ps(__m512{}, in, at, x, 4));
+    }
+    return added;
+  }
+#endif
+  int64_t e = 0;
+  for (; e + N <= count; e += N) {
+    S gathered[N];
+    for (int i = 0; i < N; ++i) gathered[i] = x[col[e + i]];
+    added = add_product(added, widened<N>(values + e), load<Vector<S>>(gathered));
+  }
+  S lanes[N];
+  memcpy(lanes, &added, sizeof(added));
+  for (int i = 0; e < count; ++e, ++i) lanes[i] = add_product(lanes[i], static_cast<S>(widen(values[e])), x[col[e]]);
+  return load<Vector<S>>(lanes);
 }
 
-// Panels of kTokens tokens. Rows go by squares of kRows rows and as many tokens, which are transposed to be written.
-template <class T, class V, class Col, int kTokens>
-struct DeltaPanel {
+// Lane i becomes the sum of the lanes of v[i]: halves first, then quarters, and so on.
+template <int S, class V, int N>
+inline V sums_of_lanes(V (&v)[N]) {
+  if constexpr (S == 0) {
+    return v[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < S; ++i) {
+      exchange<S>(v[i], v[i + S], std::make_index_sequence<N>());
+      v[i] = v[i] + v[i + S];
+    }
+    return sums_of_lanes<S / 2>(v);
+  }
+}
+
+// What a panel of kTokens tokens has to do with x and out. Sums go by squares of as many rows as tokens, at most what
+// fills vectors, and are transposed to be written: at 16 tokens and more, whole memory lines of out at a time. Those of
+// one token go by vectors.
+template <class T, int kTokens>
+struct PanelEnds {
   using S = typename Compute<T>::type;
-  static constexpr int kFull = kLanes<S>;
-  static constexpr int kSquare = kTokens < kFull ? kTokens : kFull;
-  static constexpr int kRows = kTokens == 1 ? kFull : kSquare;
+  static constexpr int kSquare = kTokens < kLanes<S> ? kTokens : kLanes<S>;
+  static constexpr int kRows = kTokens == 1 ? kLanes<S> : kSquare * static_cast<int>(sizeof(S) / sizeof(T));
 
   static void pack(const TokenBlock& block, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(block.x);
@@ -47,6 +100,9 @@ struct DeltaPanel {
     const auto row = [&](int64_t t) { return x + block.tokens[t < block.count ? t : block.count - 1] * block.columns; };
     for (int t = 0; t < kTokens; t += kSquare) {
       int64_t c = begin;
+      if constexpr (std::is_same_v<T, BFloat16> && kTokens > 1)
+        for (; c + 2 * kSquare <= end; c += 2 * kSquare)
+          copy_square_of_pairs<kSquare>([&](int i) { return row(t + i) + c; }, panel + c * kTokens + t, kTokens);
       for (; c + kSquare <= end; c += kSquare)
         copy_square<kSquare>([&](int i) { return row(t + i) + c; }, panel + c * kTokens + t, kTokens);
       for (; c < end; ++c)
@@ -54,55 +110,89 @@ struct DeltaPanel {
     }
   }
 
-  // Writes `rows` rows' sums of token t, which are `stride` apart, from row `first` on.
-  static void write_some(const TokenBlock& block, const CsrRows& rows, int64_t first, int64_t count, const S* sums) {
-    for (int64_t t = 0; t < block.count; ++t) {
-      T* out = static_cast<T*>(block.out) + block.tokens[t] * block.rows + first;
-      for (int64_t i = 0; i < count; ++i)
-        if (!block.accumulate || rows.border(first + i) < rows.border(first + i + 1))
-          write_sums<1>(out + i, sums[i * kTokens + t], block.accumulate);
-    }
+  static T* out_of(const TokenBlock& block, int64_t t, int64_t row) {
+    return static_cast<T*>(block.out) + block.tokens[t] * block.rows + row;
   }
 
-  static void write_all(const TokenBlock& block, int64_t first, const S* sums) {
-    T* out = static_cast<T*>(block.out) + first;
+  // When row i of those from `row` on is done: a share of the memory lines that the next kRows will be written to.
+  static void prefetch(const TokenBlock& block, int64_t row, int64_t i) {
+    for (int64_t t = i * kTokens / kRows; t < (i + 1) * kTokens / kRows && t < block.count; ++t)
+      __builtin_prefetch(out_of(block, t, row + kRows), 1);
+  }
+
+  template <int N>
+  static void write(T* out, Lanes<S, N> sums, bool accumulate) {
+    store_narrowed<N>(accumulate ? widened<N>(out) + sums : sums, out);
+  }
+
+  // Some rows from `row` on: fewer than kRows, or such without entries among them.
+  static void write_some(const TokenBlock& block, const CsrRows& rows, int64_t row, int64_t count, const S* sums) {
+    for (int64_t t = 0; t < block.count; ++t)
+      for (int64_t i = 0; i < count; ++i)
+        if (!block.accumulate || rows.border(row + i) < rows.border(row + i + 1))
+          write<1>(out_of(block, t, row + i), sums[i * kTokens + t], block.accumulate);
+  }
+
+  static void write_all(const TokenBlock& block, int64_t row, const S* sums) {
     if constexpr (kTokens == 1) {
-      write_sums<kRows>(out + block.tokens[0] * block.rows, load<Lanes<S, kRows>>(sums), block.accumulate);
+      write<kRows>(out_of(block, 0, row), load<Lanes<S, kRows>>(sums), block.accumulate);
     } else {
       for (int64_t t = 0; t < block.count; t += kSquare) {
-        Lanes<S, kSquare> square[kSquare];
-        for (int i = 0; i < kSquare; ++i) square[i] = load<Lanes<S, kSquare>>(sums + i * kTokens + t);
-        transpose<1>(square);
-        for (int i = 0; i < kSquare && t + i < block.count; ++i)
-          write_sums<kSquare>(out + block.tokens[t + i] * block.rows, square[i], block.accumulate);
+        const int64_t count = block.count - t < kSquare ? block.count - t : kSquare;
+        // The panel has driven them out of the first cache since.
+        for (int64_t i = 0; i < count; ++i) __builtin_prefetch(out_of(block, t + i, row), 1);
+        for (int64_t r = 0; r < kRows; r += kSquare) {
+          Lanes<S, kSquare> square[kSquare];
+          for (int i = 0; i < kSquare; ++i) square[i] = load<Lanes<S, kSquare>>(sums + (r + i) * kTokens + t);
+          transpose<1>(square);
+          for (int64_t i = 0; i < count; ++i)
+            write<kSquare>(out_of(block, t + i, row + r), square[i], block.accumulate);
+        }
       }
     }
   }
-
-  static void run(const TokenBlock& block, const CsrRows& rows, const void* values) {
-    const S* panel = static_cast<const S*>(block.panel);
-    const Col* col = static_cast<const Col*>(rows.col) + rows.shift;
-    const V* value = static_cast<const V*>(values) + rows.shift;
-    alignas(64) S sums[kRows * kTokens];
-    int64_t begin = rows.border(rows.begin);
-    for (int64_t row = rows.begin; row < rows.end; row += kRows) {
-      const int64_t count = rows.end - row < kRows ? rows.end - row : kRows;
-      bool all = count == kRows;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t end = rows.border(row + i + 1);
-        row_sums<kTokens>(panel, col + begin, value + begin, end - begin, sums + i * kTokens);
-        all &= begin < end || !block.accumulate;
-        begin = end;
-      }
-      if (all)
-        write_all(block, row, sums);
-      else
-        write_some(block, rows, row, count, sums);
-    }
-  }
-
-  static constexpr SparseDeltaMm kernel() { return {pack, run, kTokens, sizeof(S)}; }
 };
+
+template <class T, class V, class Col, int kTokens>
+void run_panel(const TokenBlock& block, const CsrRows& rows, const void* values) {
+  using Ends = PanelEnds<T, kTokens>;
+  using S = typename Ends::S;
+  constexpr int kRows = Ends::kRows;
+  const S* panel = static_cast<const S*>(block.panel);
+  const Col* col = static_cast<const Col*>(rows.col) + rows.shift;
+  const V* value = static_cast<const V*>(values) + rows.shift;
+  alignas(64) S sums[kRows * kTokens];
+  int64_t begin = rows.border(rows.begin);
+  for (int64_t row = rows.begin; row < rows.end; row += kRows) {
+    const int64_t count = rows.end - row < kRows ? rows.end - row : kRows;
+    bool all = count == kRows;
+    [[maybe_unused]] Vector<S> lanes[kTokens == 1 ? kRows : 1] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t end = rows.border(row + i + 1);
+      if constexpr (kTokens == 1)
+        lanes[i] = row_lanes(panel, col + begin, value + begin, end - begin);
+      else
+        row_sums<kTokens>(panel, col + begin, value + begin, end - begin, sums + i * kTokens);
+      if (all) Ends::prefetch(block, row, i);
+      all &= begin < end || !block.accumulate;
+      begin = end;
+    }
+    if constexpr (kTokens == 1) {
+      const Vector<S> added = sums_of_lanes<kRows / 2>(lanes);
+      memcpy(sums, &added, sizeof(added));
+    }
+    if (all)
+      Ends::write_all(block, row, sums);
+    else
+      Ends::write_some(block, rows, row, count, sums);
+  }
+}
+
+template <class T, class V, class Col, int kTokens>
+constexpr SparseDeltaMm delta_panel() {
+  using Ends = PanelEnds<T, kTokens>;
+  return {Ends::pack, run_panel<T, V, Col, kTokens>, kTokens, sizeof(typename Ends::S)};
+}
 
 constexpr int64_t kDeltaPanelBytes = 3 << 19;  // no wider panel than stays in a second cache of 2 MB beside the entries
 
@@ -112,12 +202,12 @@ SparseDeltaMm delta_panel_of(int64_t columns, int64_t tokens) {
   const auto fits = [&](int64_t width) {
     return columns * width * static_cast<int64_t>(sizeof(S)) <= kDeltaPanelBytes;
   };
-  if (tokens > 32 && fits(64)) return DeltaPanel<T, V, Col, 64>::kernel();
-  if (tokens > 16 && fits(32)) return DeltaPanel<T, V, Col, 32>::kernel();
-  if (tokens > 8) return DeltaPanel<T, V, Col, 16>::kernel();
-  if (tokens > 4) return DeltaPanel<T, V, Col, 8>::kernel();
-  if (tokens > 1) return DeltaPanel<T, V, Col, 4>::kernel();
-  return DeltaPanel<T, V, Col, 1>::kernel();
+  if (tokens > 32 && fits(64)) return delta_panel<T, V, Col, 64>();
+  if (tokens > 16 && fits(32)) return delta_panel<T, V, Col, 32>();
+  if (tokens > 8) return delta_panel<T, V, Col, 16>();
+  if (tokens > 4) return delta_panel<T, V, Col, 8>();
+  if (tokens > 1) return delta_panel<T, V, Col, 4>();
+  return delta_panel<T, V, Col, 1>();
 }
 
 template <class T>

@@ -55,7 +55,7 @@ inline V shuffled(V a, V b, std::index_sequence<lane...>) {
 
 // One step of the transposition of a square of N rows: exchanges squares of S x S across the diagonal.
 template <int S, class V, size_t... lane>
-inline void exchange(V& a, V& b, std::index_sequence<lane...>) {
+[[gnu::always_inline]] inline void exchange(V& a, V& b, std::index_sequence<lane...>) {
   constexpr size_t N = sizeof...(lane);
   const V first = shuffled(a, b, std::index_sequence<((lane & S) ? N + lane - S : lane)...>());
   b = shuffled(a, b, std::index_sequence<((lane & S) ? N + lane : lane + S)...>());
@@ -63,13 +63,30 @@ inline void exchange(V& a, V& b, std::index_sequence<lane...>) {
 }
 
 template <int S, class V, int N>
-inline void transpose(V (&rows)[N]) {
+[[gnu::always_inline]] inline void transpose(V (&rows)[N]) {
   if constexpr (S < N) {
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i)
       if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_index_sequence<N>());
     transpose<2 * S>(rows);
   }
+}
+
+// Between 16 and 32 bits: GCC's __builtin_convertvector makes 16 lanes of two halves.
+template <int N>
+inline Lanes<uint32_t, N> zero_extended(Lanes<uint16_t, N> from) {
+#if SHIRA_VECTOR_BYTES == 64
+  if constexpr (N == 16) return (Lanes<uint32_t, N>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)from);
+#endif
+  return __builtin_convertvector(from, Lanes<uint32_t, N>);
+}
+
+template <int N>
+inline Lanes<uint16_t, N> truncated(Lanes<uint32_t, N> from) {
+#if SHIRA_VECTOR_BYTES == 64
+  if constexpr (N == 16) return (Lanes<uint16_t, N>)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)from);
+#endif
+  return __builtin_convertvector(from, Lanes<uint16_t, N>);
 }
 
 // N neighbours in the type that arithmetic on T is done in.
@@ -81,7 +98,7 @@ inline Lanes<typename Compute<T>::type, N> widened(const T* from) {
   } else if constexpr (N == 1) {
     return widen(*from);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return (Lanes<float, N>)(__builtin_convertvector(load<Lanes<uint16_t, N>>(from), Lanes<uint32_t, N>) << 16);
+    return (Lanes<float, N>)(zero_extended<N>(load<Lanes<uint16_t, N>>(from)) << 16);
   } else {
 #if SHIRA_VECTOR_BYTES == 64
     if constexpr (N == 16) return (Lanes<float, N>)_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from));
@@ -105,7 +122,7 @@ inline void store_narrowed(Lanes<typename Compute<T>::type, N> from, T* to) {
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     const auto bits = (Lanes<uint32_t, N>)from;
     const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const auto kept = __builtin_convertvector(from != from ? (bits >> 16) | 0x40u : rounded, Lanes<uint16_t, N>);
+    const auto kept = truncated<N>(from != from ? (bits >> 16) | 0x40u : rounded);
     memcpy(to, &kept, sizeof(kept));
   } else {
     float numbers[N];
@@ -147,6 +164,19 @@ inline void copy_square(const Row& row, C* to, int64_t stride) {
   for (int i = 0; i < N; ++i) rows[i] = widened<N>(row(i));
   transpose<1>(rows);
   for (int i = 0; i < N; ++i) memcpy(to + i * stride, &rows[i], sizeof(rows[i]));
+}
+
+// The same from N rows of 2 N columns of bfloat16, of which two neighbours are transposed as one: half the shuffles.
+template <int N, class Row>
+inline void copy_square_of_pairs(const Row& row, float* to, int64_t stride) {
+  Lanes<uint32_t, N> pairs[N];
+  for (int i = 0; i < N; ++i) pairs[i] = load<Lanes<uint32_t, N>>(row(i));
+  transpose<1>(pairs);
+  for (int i = 0; i < N; ++i) {
+    const Lanes<uint32_t, N> even = pairs[i] << 16, odd = pairs[i] & 0xffff0000u;
+    memcpy(to + 2 * i * stride, &even, sizeof(even));
+    memcpy(to + (2 * i + 1) * stride, &odd, sizeof(odd));
+  }
 }
 
 }  // namespace shira::SHIRA_ISA
