@@ -762,6 +762,45 @@ def test_compiled_code_goes_on_right_after_eager_code_had_it_fused(monkeypatch: 
         close(compiled(x), want)
 
 
+def test_nothing_is_fused_while_a_layer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread is between a layer's product and its delta when another one's forward would have it fused."""
+    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 0)
+    model = Small()
+    bank, x = small_bank(model), inputs(2, 12)
+    want = alone(bank, ["a2"], lambda _: model(x))[0]
+    inside, go_on, real = threading.Event(), threading.Event(), unfused.add_sparse_delta_mm_batched
+    results: list[torch.Tensor] = []
+
+    def slow(*args: torch.Tensor) -> None:
+        inside.set()
+        go_on.wait(0.3)
+        real(*args)
+
+    def run() -> None:
+        with torch.no_grad():
+            results.append(model(x))
+
+    monkeypatch.setattr(unfused, "add_sparse_delta_mm_batched", slow)
+    with bank.batch(["a2", "a2"]):
+        model.twin(x.requires_grad_(False))  # the first to run, with gradients enabled: not fused
+        with torch.no_grad():
+            first = threading.Thread(target=lambda: results.append(torch.no_grad()(model.first)(x)))
+            first.start()
+            inside.wait()
+            second = threading.Thread(target=lambda: torch.no_grad()(model.twin)(x))  # would have it fused
+            second.start()
+            second.join(0.1)
+            assert bank.active is None
+            go_on.set()
+            first.join()
+            second.join()
+        assert bank.active == "a2"
+        run()
+    close(results[1], want)
+    with bank.using("a2"), torch.no_grad():
+        close(results[0], model.first(x))
+
+
 def test_a_switch_that_fails_leaves_the_block_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 1)
     model = Small()
@@ -857,6 +896,18 @@ def test_the_least_recently_used_makes_room_and_the_open_batch_does_not() -> Non
         enter(tiny.batch(["a", None]))
     with tiny.batch(["a"], tokens=10**6):  # fused it fits
         assert tiny.active == "a"
+
+
+def test_a_slot_that_is_used_again_holds_nothing_of_before() -> None:
+    model, x = Small(), inputs(2, 12)
+    bank = shira.ResidentAdapters(model)
+    bank.add("both", make(model, 1, NAMES))
+    bank.add("one", make(model, 2, NAMES[:1]))
+    check_rows(bank, model, ["both", None], x)
+    number = next(iter(bank._pages.residents.values())).number
+    bank.remove("both")
+    check_rows(bank, model, ["one", None], x)
+    assert next(iter(bank._pages.residents.values())).number == number
 
 
 def test_mixes_are_forgotten_with_their_adapters() -> None:

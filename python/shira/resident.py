@@ -396,6 +396,11 @@ class ResidentAdapters:
 
     def _bring_in(self, targets: list[Target]) -> None:
         """Makes all of these resident."""
+        if all(target in self._pages.residents for target in targets):  # the common case, which must be quick
+            for target in targets:
+                self._pages.residents.move_to_end(target)
+            self._pages.hits += len(targets)
+            return
         self._await_staged()
         plans: dict[Target, Plan] = {}
         needed: dict[Target, Counts] = {}
