@@ -182,13 +182,16 @@ void check_group_columns(const char* op, const TokenGroups& groups) {
 
 }  // namespace
 
-void check_operands(const char* op, const Tensor& x, const Tensor& col, const Tensor& values) {
-  const int32_t dtype = dtype_of(x), value_dtype = dtype_of(values);
-  const Element element = element_of(dtype);
-  if (element == Element::Other)
+void check_input(const char* op, const Tensor& x) {
+  const int32_t dtype = dtype_of(x);
+  if (element_of(dtype) == Element::Other)
     fail(op, "x", "must be float64, float32, bfloat16 or float16, got " + dtype_name(dtype));
   if (x.dim() == 0) fail(op, "x", "must have at least one dimension, [..., in]");
-  if (value_dtype != dtype && (element == Element::Float64 || value_dtype != aoti_torch_dtype_float32()))
+}
+
+void check_values(const char* op, const Tensor& values, const Tensor& col, const Tensor& x) {
+  const int32_t dtype = dtype_of(x), value_dtype = dtype_of(values);
+  if (value_dtype != dtype && (element_of(dtype) == Element::Float64 || value_dtype != aoti_torch_dtype_float32()))
     fail(op, "values",
          "must be " + dtype_name(dtype) + " like x, or float32 beside fewer bits, got " + dtype_name(value_dtype));
   if (!same_device(values, x)) fail(op, "values", "must be on the device of x");
@@ -210,7 +213,7 @@ void check_out(const char* op, const Tensor& out, const Tensor& x) {
 
 void check_adapters(const char* op, const Tensor& x, const Tensor& token_adapter, const Tensor& row_ptr,
                     const Tensor& col, const Tensor& values, int64_t rows, const std::optional<Tensor>& page_table) {
-  check_operands(op, x, col, values);
+  check_input(op, x);
   if (dtype_of(token_adapter) != aoti_torch_dtype_int32())
     fail(op, "token_adapter", "must be int32, got " + dtype_name(dtype_of(token_adapter)));
   if (token_adapter.dim() != 1) fail(op, "token_adapter", "must be 1-D, got shape " + shape_of(token_adapter));
@@ -225,12 +228,13 @@ void check_adapters(const char* op, const Tensor& x, const Tensor& token_adapter
     fail(op, "row_ptr", "must be [adapters, out + 1] with out " + std::to_string(rows) + ", got " + shape_of(row_ptr));
   if (!page_table) {
     if (col.dim() != 1) fail(op, "col", "must be 1-D unless there is a page_table, got shape " + shape_of(col));
-    return;
+    return check_values(op, values, col, x);
   }
   if (!same_device(*page_table, x)) fail(op, "page_table", "must be on the device of x");
   if (!page_table->is_contiguous()) fail(op, "page_table", "must be contiguous");
   if (col.dim() != 2 || col.size(1) == 0)
     fail(op, "col", "must be [pages, page_size] beside a page_table, got shape " + shape_of(col));
+  check_values(op, values, col, x);
   if (dtype_of(*page_table) != aoti_torch_dtype_int32())
     fail(op, "page_table", "must be int32, got " + dtype_name(dtype_of(*page_table)));
   if (page_table->dim() != 2 || page_table->size(0) != row_ptr.size(0))
@@ -350,8 +354,9 @@ void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, 
 static Tensor sparse_delta_mm(const Tensor& x, const Tensor& row_ptr, const Tensor& col, const Tensor& values,
                               int64_t out_features) {
   constexpr const char* kOp = "sparse_delta_mm";
-  check_operands(kOp, x, col, values);
+  check_input(kOp, x);
   const CsrRows all = check_csr(kOp, row_ptr, col, x, out_features, last_size(x), "out_features");
+  check_values(kOp, values, col, x);
   const TokenGroups groups = all_tokens(kOp, x, all, values);
   Tensor out = new_output(x, out_features);
   multiply(groups, torch::stable::contiguous(x), values, out, false);
