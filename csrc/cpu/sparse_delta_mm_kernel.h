@@ -109,7 +109,12 @@ struct PanelEnds {
     const auto row = [&](int64_t t) { return x + block.tokens[t < block.count ? t : block.count - 1] * block.columns; };
     for (int t = 0; t < kTokens; t += kSquare) {
       int64_t c = begin;
-      if constexpr (std::is_same_v<T, BFloat16> && kTokens > 1)
+      if constexpr (kTokens == 1)
+        for (; c + kLanes<S> <= end; c += kLanes<S>) {
+          const Vector<S> numbers = widened<kLanes<S>>(row(0) + c);
+          memcpy(panel + c, &numbers, sizeof(numbers));
+        }
+      else if constexpr (std::is_same_v<T, BFloat16>)
         for (; c + 2 * kSquare <= end; c += 2 * kSquare)
           copy_square_of_pairs<kSquare>([&](int i) { return row(t + i) + c; }, panel + c * kTokens + t, kTokens);
       for (; c + kSquare <= end; c += kSquare)
