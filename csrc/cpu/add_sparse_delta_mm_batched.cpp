@@ -7,9 +7,9 @@ static void add_sparse_delta_mm_batched(const Tensor& out, const Tensor& x, cons
                                         const Tensor& row_ptr, const Tensor& col, const Tensor& values,
                                         const std::optional<Tensor>& page_table) {
   constexpr const char* kOp = "add_sparse_delta_mm_batched";
-  if (out.dim() == 0) fail(kOp, "out", "must have at least one dimension, [..., out]");
-  check_adapters(kOp, x, token_adapter, row_ptr, col, values, out.size(out.dim() - 1), page_table);
+  check_input(kOp, x);
   check_out(kOp, out, x);
+  check_adapters(kOp, x, token_adapter, row_ptr, col, values, out.size(out.dim() - 1), page_table);
   const Tensor inputs = torch::stable::contiguous(x);
   std::vector<Argument> read = {{"token_adapter", token_adapter}, {"row_ptr", row_ptr}, {"col", col}};
   if (page_table) read.push_back({"page_table", *page_table});

@@ -7,6 +7,8 @@
 namespace shira {
 namespace {
 
+constexpr int64_t kChecksPerThread = 1 << 16;  // entries; below this a thread costs more than it saves
+
 // Says what is wrong with columns that do not fit. If one entry lies outside, those that do not rise may too.
 template <class Col>
 [[noreturn]] void fail_columns(const char* op, const CsrRows& rows) {
@@ -70,7 +72,9 @@ void check_csr_contents(const char* op, const CsrRows& all, int64_t nnz, const C
 
 void check_columns(const char* op, const CsrRows& rows, const CpuKernels& kernels) {
   std::atomic<bool> fit{true};
-  over_threads(rows.count(), [&](int64_t chunk, int64_t chunks) {
+  const int64_t chunks =
+      std::clamp<int64_t>(rows.count() / kChecksPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
+  over_chunks(chunks, [&](int64_t chunk) {
     CsrRows share = rows;
     share.begin = first_row(rows, chunk, chunks);
     share.end = first_row(rows, chunk + 1, chunks);

@@ -19,6 +19,7 @@ constexpr int64_t kWaveBytes = 3 << 19;         // of panels, for each thread
 constexpr int64_t kRowsTogether = 32;           // of a thread's share: what a kernel writes at a time
 constexpr int64_t kBlockCost = 12;              // an entry costs as much as this many tokens in it
 constexpr int64_t kCostPerThread = 16384 * 13;  // below this a thread costs more than it saves
+constexpr int64_t kNumbersPerThread = 1 << 14;  // of those packed, the same
 
 std::string of_adapter(const char* argument, int64_t adapter) {
   return std::string(argument) + " of adapter " + std::to_string(adapter);
@@ -69,6 +70,15 @@ void add_pages(const char* op, const Arenas& arenas, int64_t adapter, const CsrR
     rows.shift = shift;
     pieces.push_back({rows, entries});
   };
+  const auto copied = [&](const char* arena, int64_t element_size, int64_t begin, int64_t end) {
+    std::vector<char>& copy = result.copies.emplace_back((end - begin) * element_size);
+    for (int64_t e = begin; e < end;) {
+      const int64_t stop = std::min(end, (e / size + 1) * size), at = page_of[e / size] * size + e % size;
+      std::copy_n(arena + at * element_size, (stop - e) * element_size, copy.data() + (e - begin) * element_size);
+      e = stop;
+    }
+    return copy.data();
+  };
   int64_t row = 0;
   while (row < all.end) {
     const int64_t begin = all.border(row), page = begin / size, page_end = (page + 1) * size;
@@ -88,20 +98,8 @@ void add_pages(const char* op, const Arenas& arenas, int64_t adapter, const CsrR
     row = low;
     if (row == all.end || all.border(row) == page_end) continue;
     const int64_t from = all.border(row), to = all.border(row + 1);
-    std::vector<char>& columns = result.copies.emplace_back((to - from) * col_size);
-    for (int64_t e = from; e < to;) {
-      const int64_t stop = std::min(to, (e / size + 1) * size), at = page_of[e / size] * size + e % size;
-      std::copy_n(col + at * col_size, (stop - e) * col_size, columns.data() + (e - from) * col_size);
-      e = stop;
-    }
-    const char* copied_columns = columns.data();
-    std::vector<char>& entries = result.copies.emplace_back((to - from) * value_size);
-    for (int64_t e = from; e < to;) {
-      const int64_t stop = std::min(to, (e / size + 1) * size), at = page_of[e / size] * size + e % size;
-      std::copy_n(values + at * value_size, (stop - e) * value_size, entries.data() + (e - from) * value_size);
-      e = stop;
-    }
-    add(row, row + 1, -from, copied_columns, entries.data());
+    const auto* copied_columns = copied(col, col_size, from, to);
+    add(row, row + 1, -from, copied_columns, copied(values, value_size, from, to));
     ++row;
   }
 }
@@ -117,7 +115,7 @@ struct Block {
   int64_t cost() const { return cost_of(group->all()) * entry_cost; }
 };
 
-// The blocks of all groups, the widest panels first.
+// The blocks of all groups, in their order.
 std::vector<Block> blocks_of(const TokenGroups& groups, const CpuKernels& kernels, Element element, Element value,
                              TokenBlock block) {
   std::vector<Block> blocks;
@@ -154,8 +152,11 @@ void run_share(const Block& block, int64_t begin, int64_t end) {
 void run_wave(const std::vector<Block>& blocks, size_t wave_begin, size_t wave_end, int64_t chunks) {
   const int64_t columns = blocks[wave_begin].block.columns;
   const int64_t all_columns = static_cast<int64_t>(wave_end - wave_begin) * columns;
-  over_chunks(chunks, [&](int64_t chunk) {
-    const auto border = [&](int64_t k) { return k == chunks ? all_columns : all_columns * k / chunks / 16 * 16; };
+  int64_t numbers = 0;
+  for (size_t i = wave_begin; i < wave_end; ++i) numbers += columns * blocks[i].kernel.tokens;
+  const int64_t packers = std::clamp<int64_t>(numbers / kNumbersPerThread, 1, chunks);
+  over_chunks(packers, [&](int64_t chunk) {
+    const auto border = [&](int64_t k) { return k == packers ? all_columns : all_columns * k / packers / 16 * 16; };
     int64_t begin = border(chunk), end = border(chunk + 1);
     for (size_t i = wave_begin; i < wave_end; ++i, begin -= columns, end -= columns)
       if (begin < columns && end > 0)
@@ -182,13 +183,16 @@ void check_group_columns(const char* op, const TokenGroups& groups) {
 
 }  // namespace
 
-void check_operands(const char* op, const Tensor& x, const Tensor& col, const Tensor& values) {
-  const int32_t dtype = dtype_of(x), value_dtype = dtype_of(values);
-  const Element element = element_of(dtype);
-  if (element == Element::Other)
+void check_input(const char* op, const Tensor& x) {
+  const int32_t dtype = dtype_of(x);
+  if (element_of(dtype) == Element::Other)
     fail(op, "x", "must be float64, float32, bfloat16 or float16, got " + dtype_name(dtype));
   if (x.dim() == 0) fail(op, "x", "must have at least one dimension, [..., in]");
-  if (value_dtype != dtype && (element == Element::Float64 || value_dtype != aoti_torch_dtype_float32()))
+}
+
+void check_values(const char* op, const Tensor& values, const Tensor& col, const Tensor& x) {
+  const int32_t dtype = dtype_of(x), value_dtype = dtype_of(values);
+  if (value_dtype != dtype && (element_of(dtype) == Element::Float64 || value_dtype != aoti_torch_dtype_float32()))
     fail(op, "values",
          "must be " + dtype_name(dtype) + " like x, or float32 beside fewer bits, got " + dtype_name(value_dtype));
   if (!same_device(values, x)) fail(op, "values", "must be on the device of x");
@@ -210,7 +214,7 @@ void check_out(const char* op, const Tensor& out, const Tensor& x) {
 
 void check_adapters(const char* op, const Tensor& x, const Tensor& token_adapter, const Tensor& row_ptr,
                     const Tensor& col, const Tensor& values, int64_t rows, const std::optional<Tensor>& page_table) {
-  check_operands(op, x, col, values);
+  check_input(op, x);
   if (dtype_of(token_adapter) != aoti_torch_dtype_int32())
     fail(op, "token_adapter", "must be int32, got " + dtype_name(dtype_of(token_adapter)));
   if (token_adapter.dim() != 1) fail(op, "token_adapter", "must be 1-D, got shape " + shape_of(token_adapter));
@@ -225,12 +229,13 @@ void check_adapters(const char* op, const Tensor& x, const Tensor& token_adapter
     fail(op, "row_ptr", "must be [adapters, out + 1] with out " + std::to_string(rows) + ", got " + shape_of(row_ptr));
   if (!page_table) {
     if (col.dim() != 1) fail(op, "col", "must be 1-D unless there is a page_table, got shape " + shape_of(col));
-    return;
+    return check_values(op, values, col, x);
   }
   if (!same_device(*page_table, x)) fail(op, "page_table", "must be on the device of x");
   if (!page_table->is_contiguous()) fail(op, "page_table", "must be contiguous");
   if (col.dim() != 2 || col.size(1) == 0)
     fail(op, "col", "must be [pages, page_size] beside a page_table, got shape " + shape_of(col));
+  check_values(op, values, col, x);
   if (dtype_of(*page_table) != aoti_torch_dtype_int32())
     fail(op, "page_table", "must be int32, got " + dtype_name(dtype_of(*page_table)));
   if (page_table->dim() != 2 || page_table->size(0) != row_ptr.size(0))
@@ -350,8 +355,9 @@ void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, 
 static Tensor sparse_delta_mm(const Tensor& x, const Tensor& row_ptr, const Tensor& col, const Tensor& values,
                               int64_t out_features) {
   constexpr const char* kOp = "sparse_delta_mm";
-  check_operands(kOp, x, col, values);
+  check_input(kOp, x);
   const CsrRows all = check_csr(kOp, row_ptr, col, x, out_features, last_size(x), "out_features");
+  check_values(kOp, values, col, x);
   const TokenGroups groups = all_tokens(kOp, x, all, values);
   Tensor out = new_output(x, out_features);
   multiply(groups, torch::stable::contiguous(x), values, out, false);

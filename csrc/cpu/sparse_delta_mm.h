@@ -35,8 +35,10 @@ struct TokenGroups {
   std::vector<std::vector<char>> copies;  // of rows that cross from one page to the next
 };
 
-// The form of x, and of values beside col.
-void check_operands(const char* op, const Tensor& x, const Tensor& col, const Tensor& values);
+// The form of a layer's input.
+void check_input(const char* op, const Tensor& x);
+// The form of values beside col, which was checked.
+void check_values(const char* op, const Tensor& values, const Tensor& col, const Tensor& x);
 // The form of what is added to.
 void check_out(const char* op, const Tensor& out, const Tensor& x);
 // The form of stacked adapters with so many rows each.
