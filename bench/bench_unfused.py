@@ -182,7 +182,7 @@ def test_mixed_batch(compare: Callable[..., None], place: Place, dtype: str, arc
 @pytest.mark.parametrize("architecture", [SMALL_LLAMA], ids=["small"])
 @pytest.mark.parametrize(
     ("rows", "length", "steps"),
-    [(1, 1, 1), (1, 1, 8), (1, 1, 32), (8, 1, 4), (1, 32, 1), (1, 128, 1), (1, 512, 1)],
+    [*((1, 1, steps) for steps in (1, 4, 8, 16, 32, 64)), *((1, length, 1) for length in (32, 128, 512, 1024))],
 )
 def test_fused_or_unfused(
     compare: Callable[..., None], place: Place, rows: int, length: int, steps: int, architecture: Architecture

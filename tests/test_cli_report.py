@@ -93,20 +93,21 @@ class Page(HTMLParser):
 def test_report(files: Path, base: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """In a process of its own, where also warnings of libraries would be seen."""
     adapters = [files / "a.safetensors", files / "b.safetensors", files / "<c>.safetensors"]
-    command = [*adapters, "--base", files / "sharded", "-o", tmp_path / "deep" / "out", "--json", tmp_path / "n.json"]
+    command = [*adapters, "--base", files / "sharded", "-o", tmp_path / "deep" / "out", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "shira.cli", "report", *command],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "200"},
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "AWOM" in done.stdout
-    assert "a, <c>" in done.stdout
+    assert done.returncode == 0
+    assert "AWOM" in done.stderr
+    assert "a, <c>" in done.stderr
+    assert "Warning" not in done.stderr
     assert sorted(path.name for path in (tmp_path / "deep" / "out").iterdir()) == ["report.html", "report.png"]
     assert (tmp_path / "deep/out/report.png").read_bytes().startswith(b"\x89PNG")
 
-    found = json.loads((tmp_path / "n.json").read_text())
+    found = json.loads(done.stdout)
     assert found["notes"] == []
     loaded = {path.stem: Adapter.load(path) for path in adapters}
     assert [pair["adapters"] for pair in found["pairs"]] == [["a", "b"], ["a", "<c>"], ["b", "<c>"]]
@@ -143,28 +144,31 @@ def test_without_the_base_there_is_the_overlap(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = files / "a.safetensors", files / "b.safetensors"
-    assert run(monkeypatch, a, b, "-o", tmp_path, "--json", tmp_path / "n.json") == 0
-    found = json.loads((tmp_path / "n.json").read_text())
+    assert run(monkeypatch, a, b, "-o", tmp_path, "--json") == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
     (pair,), (note,) = found["pairs"], found["notes"]
     assert pair["overlap"] == shira.overlap(a, b) > 0
     assert "awom" not in pair
     assert "a, b hold tuned weights" in note
     assert "--base" in note
-    assert "need the base" in " ".join(capsys.readouterr().out.split())
+    assert "need the base" in " ".join(shown.err.split())
     page = (tmp_path / "report.html").read_text()
     assert note in page
     assert "<th>AWOM</th>" not in page
 
 
-def test_doubts_about_the_base_are_notes(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doubts_about_the_base_are_notes(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tensors = Adapter.load(files / "a.safetensors")
     unknown = Adapter(
         {name: AdapterTensor(part.indices, part.values, part.shape, part.dtype) for name, part in tensors.items()}
     )
     unknown.save(tmp_path / "u.safetensors")
     command = [files / "b.safetensors", tmp_path / "u.safetensors", "--base", files / "base.safetensors"]
-    assert run(monkeypatch, *command, "-o", tmp_path, "--json", tmp_path / "n.json") == 0
-    (note,) = json.loads((tmp_path / "n.json").read_text())["notes"]
+    assert run(monkeypatch, *command, "-o", tmp_path, "--json") == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
     assert note.startswith("Adapter u: ")
     assert "no checksum" in note
     assert "6 of 6 tensors" in note
@@ -173,8 +177,8 @@ def test_doubts_about_the_base_are_notes(files: Path, tmp_path: Path, monkeypatc
 def test_what_is_there_is_replaced_only_by_force(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [files / "a.safetensors", files / "b.safetensors", "-o", tmp_path, "--json", tmp_path / "n.json"]
-    for name in ("report.html", "report.png", "n.json"):
+    command = [files / "a.safetensors", files / "b.safetensors", "-o", tmp_path]
+    for name in ("report.html", "report.png"):
         (tmp_path / name).write_text("old")
         assert run(monkeypatch, *command) == 2
         assert f"{name}: there already; --force" in capsys.readouterr().err
@@ -198,7 +202,6 @@ def test_what_is_there_is_replaced_only_by_force(
         (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}"], "no tensor of this name"),
         (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}/other.safetensors"], "layers.0.q.weight"),
         (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}/empty"], "no safetensors file"),
-        (["{files}/a.safetensors", "{files}/b.safetensors", "--json", "{tmp}/no/n.json"], "no such folder"),
         (["{files}/a.safetensors", "{files}/b.safetensors", "--bogus"], "--bogus"),
     ],
 )
@@ -227,11 +230,13 @@ def test_bad_input(
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_adapters_of_one_file_name_are_told_apart(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_of_one_file_name_are_told_apart(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.safetensors").write_bytes((files / "b.safetensors").read_bytes())
-    command = [files / "a.safetensors", tmp_path / "a.safetensors", "-o", tmp_path, "--json", tmp_path / "n.json"]
+    command = [files / "a.safetensors", tmp_path / "a.safetensors", "-o", tmp_path, "--json"]
     assert run(monkeypatch, *command) == 0
-    found = json.loads((tmp_path / "n.json").read_text())
+    found = json.loads(capsys.readouterr().out)
     assert list(found["adapters"]) == [str(files / "a.safetensors"), str(tmp_path / "a.safetensors")]
 
 

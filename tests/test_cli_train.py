@@ -76,15 +76,14 @@ def test_text_becomes_an_adapter_that_improves_the_model(
     before = files_in(folder)
     arguments = (folder / "llama", folder / "count.txt", "--lr", 0.1, "--max-length", 24, "--density", 0.2)
     for name in ("one", "two"):
-        assert run(monkeypatch, *arguments, "-o", tmp_path / name, "--json", tmp_path / f"{name}.json") == 0
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert f"shira apply {folder / 'llama'} {tmp_path / 'one/adapter.safetensors'} -o" in shown.err
+        assert run(monkeypatch, *arguments, "-o", tmp_path / name, "--json") == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out) == json.loads((tmp_path / name / "training.json").read_text())
+    assert f"shira apply {folder / 'llama'} {tmp_path / 'two/adapter.safetensors'} -o" in shown.err
     assert files_in(folder) == before, "the model's folder is only read"
     assert (tmp_path / "one/training.png").read_bytes().startswith(b"\x89PNG")
 
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert json.loads((tmp_path / "one/training.json").read_text()) == one
+    one, two = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two"))
     assert one["losses"] == two["losses"], "the same seed gives the same bits"
     adapters = [shira.Adapter.load(tmp_path / name / "adapter.safetensors") for name in ("one", "two")]
     assert all(torch.equal(adapters[0][name].values, adapters[1][name].values) for name in adapters[0])
@@ -184,7 +183,6 @@ BAD_OPTIONS = {
     "task": (("--task", "translation"), "task must be one of causal-lm, classification"),
     "other_task": (("--task", "classification"), "an adapter does not hold a new head"),
     "batch_size": (("--batch-size", 0), "--batch-size"),
-    "json": (("--json", "/nowhere/x.json"), "there is no such folder"),
     "diverges": (("--lr", 1e38, "--density", 1, "--max-steps", 4), "the loss is not finite"),
 }
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shira.cli_files import CommandError, add_commands
+from shira.cli_files import CommandError, Json, add_commands, console_for, print_json
 
 app = typer.Typer(help="Sparse high-rank adapters: train, save, switch.", add_completion=False, no_args_is_help=True)
 
@@ -25,7 +25,7 @@ def _group() -> None:
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and less text: under a minute.")] = False,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
+    json: Json = False,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Adapters, report and picture.")] = Path("shira-demo"),
     seed: Annotated[int, typer.Option(min=0, help="For training batches and generated text.")] = 0,
 ) -> None:
@@ -35,7 +35,9 @@ def demo(
             raise CommandError(f"the demo needs {package}: pip install shira-kernels[train]")
     from shira.demo import run
 
-    run.run_demo(run.QUICK if quick else run.FULL, output=output, json_file=json, seed=seed)
+    found = run.run_demo(run.QUICK if quick else run.FULL, output=output, seed=seed, console=console_for(json))
+    if json:
+        print_json(found.to_dict())
 
 
 @app.command()
@@ -48,7 +50,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For report.html, report.png.")] = Path(
         "shira-report"
     ),
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
+    json: Json = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Show how adapters interfere: overlap, AWOM and AWOR, conflicts of sign, energies, tensor by tensor."""
@@ -57,9 +59,13 @@ def report(
     from shira import interference_report
 
     try:
-        interference_report.run_report(adapters, base=base, output=output, json_file=json, force=force)
+        found = interference_report.run_report(
+            adapters, base=base, output=output, force=force, console=console_for(json)
+        )
     except ValueError as error:
         raise CommandError(str(error)) from None
+    if json:
+        print_json(interference_report.to_dict(found))
 
 
 @app.command()
@@ -86,7 +92,7 @@ def train(
     task: Annotated[
         str | None, typer.Option(help="causal-lm or classification; else what the model's architecture says.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
+    json: Json = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Train an adapter for a Hugging Face causal language model or sequence classifier.
@@ -108,7 +114,7 @@ def train(
 
     names = target_modules if target_modules == ALL_LINEAR else [name.strip() for name in target_modules.split(",")]
     try:
-        finetune.run_training(
+        numbers = finetune.run_training(
             model,
             data,
             output=output,
@@ -123,11 +129,12 @@ def train(
                 seed=seed,
             ),
             task=task,
-            json_file=json,
             force=force,
         )
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from None
+    if json:
+        print_json(numbers)
 
 
 @app.command()
@@ -142,7 +149,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure.")] = 2.0,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
+    json: Json = False,
 ) -> None:
     """Measure how long switching takes on this machine, in turn with index_copy_ and with LoRA of equal size.
 
@@ -155,9 +162,13 @@ def bench(
     from shira import latency
 
     try:
-        latency.run_bench(adapters or [], base=base, device=device, threads=threads, seconds=seconds, json_file=json)
+        found = latency.run_bench(
+            adapters or [], base=base, device=device, threads=threads, seconds=seconds, console=console_for(json)
+        )
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from None
+    if json:
+        print_json(latency.to_dict(found))
 
 
 add_commands(app)

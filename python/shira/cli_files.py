@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 if TYPE_CHECKING:
     from shira.adapter import Adapter
@@ -26,7 +27,7 @@ class CommandError(Exception):
 _BASE_HELP = "What the adapter was made for: a safetensors file, or a folder of them such as a Hugging Face model's."
 _Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default=False)]
 _Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on standard output, and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on standard output, and nothing else.")]
 _AnyBase = Annotated[bool, typer.Option("--any-base", help="Go on where an adapter was made for another base.")]
 _Weights = Annotated[
     list[float] | None,
@@ -54,7 +55,7 @@ def info(
         Path, typer.Argument(metavar="FILE", help="An adapter: a shira file, a weight patch, or a folder of PEFT.")
     ],
     base: _OptionalBase = None,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Show what is in an adapter, tensor by tensor, and whether it was made for a base.
 
@@ -72,7 +73,7 @@ def info(
         if base is not None:
             facts["base"] = _belongs(adapter, base)
     if json:
-        _print_json(facts)
+        print_json(facts)
         return
     _print_tensors(adapter)
     print(f"{file}: format {form}, {_summary(adapter)}, {_in_bytes(facts['bytes'])}")
@@ -100,7 +101,7 @@ def diff(
     top: _Top = None,
     common: Annotated[bool, typer.Option("--common", help="Leave out tensors that only one side has.")] = False,
     force: _Force = False,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Save what makes one checkpoint of another as an adapter: exact, two tensors in memory at a time.
 
@@ -133,7 +134,7 @@ def apply(
     weight: _Weights = None,
     any_base: _AnyBase = False,
     force: _Force = False,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Write a checkpoint with adapters in its weights: as many files, the same names and metadata.
 
@@ -155,7 +156,7 @@ def apply(
                 progress=progress,
             )
     if json:
-        _print_json(
+        print_json(
             {
                 "output": str(output),
                 "adapters": [{"file": str(file), "weight": strength} for file, strength in pairs],
@@ -182,7 +183,7 @@ def fuse(
     base: _OptionalBase = None,
     any_base: _AnyBase = False,
     force: _Force = False,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Make one adapter of several. Adapters that hold new values, such as trained ones, need --base.
 
@@ -223,7 +224,7 @@ def convert(
     ] = False,
     any_base: _AnyBase = False,
     force: _Force = False,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Convert an adapter from another tool's format, or to it. What it is in is seen by its content.
 
@@ -287,7 +288,6 @@ def _plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar on standard error, where that is a terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
@@ -392,7 +392,7 @@ def _info_of_arrays(file: Path, form: str, json: bool) -> None:
         shapes = {
             name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in arrays.items()
         }
-        _print_json({"file": str(file), "format": form, "bytes": _size(file), "arrays": shapes})
+        print_json({"file": str(file), "format": form, "bytes": _size(file), "arrays": shapes})
         return
     rows = [(name, str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for name, t in arrays.items()]
     _print_table(("array", "shape", "dtype"), rows)
@@ -403,7 +403,7 @@ def _info_of_arrays(file: Path, form: str, json: bool) -> None:
 def _report_written(adapter: Adapter, output: Path, json: bool, more: dict[str, Any] | None = None) -> None:
     size = _size(output)
     if json:
-        _print_json({"output": str(output), **(more or {}), "bytes": size, **_facts(adapter)})
+        print_json({"output": str(output), **(more or {}), "bytes": size, **_facts(adapter)})
         return
     print(f"{output}: {_summary(adapter)}, {_in_bytes(size)}")
     facts = (adapter.provenance or {}).get("diff") or (adapter.provenance or {}).get("converted") or {}
@@ -436,7 +436,6 @@ def _print_tensors(adapter: Adapter) -> None:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -453,7 +452,12 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
-def _print_json(facts: dict[str, Any]) -> None:
+def console_for(json: bool) -> Console:
+    """Where a command shows what it found: beside JSON not on standard output."""
+    return Console(stderr=json)
+
+
+def print_json(facts: dict[str, Any]) -> None:
     print(json_module.dumps(facts, indent=1))
 
 

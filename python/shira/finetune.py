@@ -96,17 +96,18 @@ def run_training(
     config: ShiraConfig,
     recipe: Recipe,
     task: str | None = None,
-    json_file: Path | None = None,
     force: bool = False,
     console: Console | None = None,
-) -> Training:
+) -> dict[str, Any]:
     """Trains, and writes `adapter.safetensors`, `training.json` and `training.png` to `output`, all at the end.
 
     Args:
         model_folder: a model with its tokenizer, as `save_pretrained` writes them. It is only read.
         data: a text file; or JSON lines with "text", "prompt" and "completion", or "text" and "label".
         task: "causal-lm" or "classification"; None for what the model's architecture says.
-        json_file: gets the numbers too.
+
+    Returns:
+        What training.json holds.
 
     Raises:
         ValueError: the data, the folder or the config are not what they must be, or files are there already and `force`
@@ -118,9 +119,7 @@ def run_training(
     console = console or Console(stderr=True)
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    written = [*(output / name for name in FILES), *([json_file] if json_file else [])]
-    if json_file and not json_file.parent.is_dir():
-        raise ValueError(f"{json_file}: there is no such folder")
+    written = [output / name for name in FILES]
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: not a folder")
     if there := [str(path) for path in written if path.is_dir() or (path.exists() and not force)]:
@@ -135,14 +134,11 @@ def run_training(
     output.mkdir(parents=True, exist_ok=True)
     numbers = {"model": str(model_folder), "data": str(data), **found.to_dict()}
     numbers |= {"config": config.to_dict(), "recipe": asdict(recipe)}
-    text = (json.dumps(numbers, indent=1) + "\n").encode()
-    write_atomically(output / "training.json", text)
+    write_atomically(output / "training.json", (json.dumps(numbers, indent=1) + "\n").encode())
     write_atomically(output / "training.png", picture(found))
     found.adapter.save(output / "adapter.safetensors")
-    if json_file:
-        write_atomically(json_file, text)
     _show(found, model_folder, output, console)
-    return found
+    return numbers
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

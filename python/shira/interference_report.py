@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 import math
 import re
 import warnings
@@ -92,9 +91,9 @@ def kind_of(name: str) -> str:
 
 
 def run_report(
-    files: Sequence[Path], *, base: Path | None, output: Path, json_file: Path | None = None, force: bool = False
-) -> None:
-    """Compares adapter files; writes `report.html` and `report.png` to `output` and the numbers to `json_file`.
+    files: Sequence[Path], *, base: Path | None, output: Path, force: bool = False, console: Console | None = None
+) -> Comparison:
+    """Compares adapter files; writes `report.html` and `report.png` to `output`, and shows the sums.
 
     Raises:
         ValueError: a file is no valid adapter, the adapters do not belong together or to the base, or something that
@@ -107,27 +106,26 @@ def run_report(
     names = [file.stem if stems.count(file.stem) == 1 else str(file) for file in files]
     if len(set(names)) < len(names):
         raise ValueError(f"an adapter is given twice: {', '.join(names)}")
-    written = [output / "report.html", output / "report.png", *([json_file] if json_file else [])]
-    if json_file and not json_file.parent.is_dir():
-        raise ValueError(f"{json_file}: there is no such folder")
+    written = [output / "report.html", output / "report.png"]
     if there := [str(path) for path in written if path.is_dir() or (path.exists() and not force)]:
         raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
     adapters = {name: Adapter.load(file) for name, file in zip(names, files, strict=True)}
     output.mkdir(parents=True, exist_ok=True)
 
-    console = Console(stderr=True)
+    progress_console = Console(stderr=True)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=progress_console, transient=True, disable=not progress_console.is_terminal
+    ) as progress:
         task = progress.add_task("subtracting the base" if base else "", total=None)
 
         def show(done: int, total: int, what: str) -> None:
             progress.update(task, completed=done, total=total, description=what)
 
         found = compare(adapters, base, show)
-    if json_file:
-        write_atomically(json_file, (json.dumps(to_dict(found), indent=1) + "\n").encode())
     write(found, output)
-    _print_summary(found, output)
+    _print_summary(found, output, console or Console())
+    return found
 
 
 def compare(
@@ -207,8 +205,7 @@ def _numbers(part: Overlap) -> dict[str, Any]:
     return numbers
 
 
-def _print_summary(found: Comparison, output: Path) -> None:
-    console = Console()
+def _print_summary(found: Comparison, output: Path, console: Console) -> None:
     measures = _measures(found)
     table = Table(*["pair", *(measure.title for measure in measures)], box=None, pad_edge=False)
     for column in table.columns[1:]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +17,6 @@ from torch import nn
 
 from shira.adapter import Adapter, AdapterTensor, checksum_of
 from shira.fusion import Base, opened
-from shira.io import write_atomically
 from shira.resident import ResidentAdapters
 from shira_kernels import backends
 from shira_kernels.bits import as_bits
@@ -68,7 +67,6 @@ def run_bench(
     device: str = "cpu",
     threads: int = 1,
     seconds: float = 2.0,
-    json_file: Path | None = None,
     console: Console | None = None,
 ) -> Latency:
     """Measures adapter files on their base; with no file two random adapters of 1 % on four small Llama layers.
@@ -81,8 +79,6 @@ def run_bench(
     """
     if bool(files) != (base is not None):
         raise ValueError("adapters need the base that they were made for, --base" if files else "--base needs adapters")
-    if json_file and not json_file.parent.is_dir():
-        raise ValueError(f"{json_file}: there is no such folder")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: torch finds no GPU")
     adapters = {file.stem: Adapter.load(file) for file in files}
@@ -95,8 +91,6 @@ def run_bench(
         adapters = {f"random {i}": random_adapter(model, i) for i in range(2)}
     with _threads(threads), torch.no_grad():
         found = measure(model.to(device), adapters, seconds)
-    if json_file:
-        write_atomically(json_file, (json.dumps(asdict(found), indent=1) + "\n").encode())
     show(found, console or Console())
     return found
 
@@ -266,6 +260,11 @@ def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         model = model.get_submodule(part)
     if last not in model._parameters:
         model.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+
+
+def to_dict(found: Latency) -> dict[str, Any]:
+    """The figures as JSON types."""
+    return asdict(found)
 
 
 def show(found: Latency, console: Console) -> None:

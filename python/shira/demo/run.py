@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import statistics
 import time
@@ -22,7 +21,6 @@ from torch import nn
 
 import shira
 from shira.demo import base, corpus, report
-from shira.io import write_atomically
 
 ADAPTERS = ("cpp", "prose")
 STATES = ("base", *ADAPTERS)
@@ -82,18 +80,14 @@ class Results:
         }
 
 
-def run_demo(
-    effort: Effort, *, output: Path, json_file: Path | None = None, seed: int = 0, console: Console | None = None
-) -> Results:
-    """Runs it all. Writes adapters, `report.md` and `report.png` to `output`, and the numbers to `json_file`.
+def run_demo(effort: Effort, *, output: Path, seed: int = 0, console: Console | None = None) -> Results:
+    """Runs it all. Writes adapters, `report.md` and `report.png` to `output`.
 
     Raises OSError if something cannot be written, before any work where that can be known.
     """
     began = time.perf_counter()
     console = console or Console()
     output.mkdir(parents=True, exist_ok=True)
-    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise OSError(f"{json_file}: not a file in an existing folder")
     _quiet_transformers()
 
     with console.status("loading the base model and text of installed packages"):
@@ -154,8 +148,6 @@ def run_demo(
     )
     _show(results, console)
     report.write(results, output)
-    if json_file:
-        write_atomically(json_file, (json.dumps(results.to_dict(), indent=2) + "\n").encode())
     console.print(f"adapters, report.md and report.png are in {escape(str(output))}; {results.seconds:.0f} s in all")
     return results
 
