@@ -923,7 +923,7 @@ def test_mixes_are_forgotten_with_their_adapters() -> None:
     check_pages(bank)
 
 
-@pytest.mark.parametrize("budget", [None, 40_000])
+@pytest.mark.parametrize("budget", [None, 40 * pages.PAGE], ids=["grows", "budget"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()])
 def test_what_fails_while_bringing_in_leaves_the_bank_whole(
     budget: int | None, error: BaseException, monkeypatch: pytest.MonkeyPatch

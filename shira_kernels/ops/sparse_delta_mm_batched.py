@@ -103,8 +103,8 @@ def entries_of(
     adapter: int, first: int, last: int, arena: torch.Tensor, page_table: torch.Tensor | None, op: str = OP
 ) -> torch.Tensor:
     """The entries from `first` to `last` of an adapter, gathered from an arena of columns or values."""
-    if page_table is None:
-        return arena[first:last]
+    if page_table is None or first == last:
+        return arena.view(-1)[first:last]
     size = arena.shape[1]
     begin, end = first // size, -(-last // size)
     pages = page_table[adapter, begin:end].long()
