@@ -223,3 +223,11 @@ def test_the_default_is_the_fast_path() -> None:
     before = backends.calls()
     shira_kernels.sparse_delta_mm_batched(**batched_arguments(), out_features=3)
     assert backends.calls() - before == {backends.active("sparse_delta_mm_batched", "cpu"): 1} == {fastest: 1}
+
+
+@each_backend
+def test_a_negative_number_of_rows_is_refused(backend: Backend) -> None:
+    x, indices = torch.zeros(1, 4, device=backend.device), torch.zeros(0, dtype=torch.int32, device=backend.device)
+    arguments = x, indices.new_zeros(1), indices.new_zeros(1, 0), indices, x.new_zeros(0), -1
+    with backend.running(times=0), pytest.raises(RuntimeError, match="out_features must not be negative, got -1"):
+        torch.ops.shira.sparse_delta_mm_batched(*arguments)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -386,6 +388,118 @@ def test_autocast_and_gradients() -> None:
     frozen = Small().requires_grad_(False)
     with small_bank(frozen).batch(["a0", "a2"]):
         close(frozen(x), differentiable.detach())
+
+
+def test_auto_does_not_fuse_what_autocast_keeps_copies_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 0)
+    model = Small()
+    bank, x = small_bank(model), inputs(1, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        base = model(x)
+        with bank.batch(["a0"]):
+            first, second = model(x), model(x)
+        assert torch.equal(first, second)
+        assert not torch.equal(first, base)
+        with bank.using("a0"):  # nor does a switch leave rounded copies behind
+            close(model(x).float(), first.float(), 0.03)
+        assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize(("own", "other"), [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
+def test_autocast_to_the_other_short_type(own: torch.dtype, other: torch.dtype) -> None:
+    model = Small(own)
+    with torch.no_grad(), torch.autocast("cpu", other):
+        bank = small_bank(model)
+        x, rows = inputs(3, 12).to(own), ["a0", {"a1": 0.5, "a2": 1.0}, None]
+        with bank.batch(rows):
+            got = model(x)
+        for i, row in enumerate(rows):
+            with bank.using(row):
+                close(got[i].float(), model(x[i : i + 1])[0].float(), 0.05)
+
+
+def test_a_name_for_each_token_of_a_packed_row() -> None:
+    model = Small()
+    bank, x = small_bank(model), inputs(1, 5, 12)
+    rows = ["a0", "a0", None, "a1", "a2"]
+    want = torch.cat(alone(bank, rows, lambda i: model(x[0, i : i + 1])))
+    with torch.no_grad(), bank.batch(rows):
+        close(model(x)[0], want)
+    with bank.batch(rows[:4]), pytest.raises(ValueError, match="1 rows, which is no multiple of the 4 names"):
+        model(x)
+
+
+def test_a_model_is_not_copied_inside_a_batch() -> None:
+    model = Small()
+    bank = small_bank(model)
+    with bank.batch(["a0", "a1"]), pytest.raises(TypeError, match=r"inside batch\(\): leave it first"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+def test_what_a_removed_adapter_needed_is_forgotten() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2000))
+    small, large = "0.weight", "1.weight"
+    budget = pages.PAGE * 6 + 2000
+    bank = shira.ResidentAdapters(model, device_budget=budget)
+    bank.add("a", make(model, 1, [large]))
+    bank.add("b", make(model, 2, [small]))
+    with pytest.raises(ValueError, match="device_budget"):
+        enter(bank.batch(["b", None]))
+    bank.remove("a")
+    check_rows(bank, model, ["b", None], inputs(2, 64))
+    assert in_use(bank) <= budget
+    handle = shira.attach(model, shira.ShiraConfig(["1"]))  # no longer the bank's
+    enter(bank.batch(["b", None]))
+    handle.detach()
+
+
+def test_an_interrupt_while_leaving_waits_until_the_model_is_whole() -> None:
+    """Another thread holds the bank meanwhile."""
+
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    model = Small()
+    bank = small_bank(model)
+    release = threading.Event()
+
+    def hold() -> None:
+        with bank._lock:
+            held.set()
+            release.wait(10)
+
+    def leave_while_held() -> None:
+        threading.Thread(target=hold).start()
+        held.wait(10)
+        threading.Timer(0.3, release.set).start()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+
+    held = threading.Event()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(Interrupt), left_alone(model), bank.batch(["a0", "a1"]):
+            leave_while_held()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert type(model.first) is nn.Linear
+    bank.switch("a0")
+    bank.switch(None)
+
+
+def test_slots_of_few_shapes_are_kept() -> None:
+    model = Small()
+    bank = small_bank(model)
+    with torch.no_grad():
+        for count in range(1, 40):
+            with bank.batch([None, *["a0", "a1"] * count]):
+                for length in (1, 2):
+                    model(inputs(1 + 2 * count, length, 12))
+    [rows] = bank._rows.values()
+    assert len(rows._known) == unfused._KEPT
 
 
 def test_compiled_code_is_made_once() -> None:

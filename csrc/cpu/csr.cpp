@@ -47,6 +47,7 @@ CsrRows check_csr(const char* op, const Tensor& row_ptr, const Tensor& col, cons
   check_csr_dtypes(op, row_ptr, col, like);
   for (const Argument& argument : {Argument{"row_ptr", row_ptr}, Argument{"col", col}})
     if (argument.tensor.dim() != 1) fail(op, argument.name, "must be 1-D, got shape " + shape_of(argument.tensor));
+  if (rows < 0) fail(op, "out_features", "must not be negative, got " + std::to_string(rows));
   if (row_ptr.numel() != rows + 1)
     fail(op, "row_ptr",
          "must have one entry more than " + std::string(what) + " (" + std::to_string(rows + 1) + "), got " +

@@ -42,7 +42,9 @@ bool columns_fit_of(const CsrRows& rows) {
     if (begin > first && begin < end) falls -= col[begin] <= col[begin - 1];
     begin = end;
   }
-  return falls == 0 && static_cast<int64_t>(largest) < rows.columns;
+  // No int32 is larger, also of more columns: what is, was negative.
+  const int64_t limit = int64_t{1} << 31;
+  return falls == 0 && static_cast<int64_t>(largest) < (rows.columns < limit ? rows.columns : limit);
 }
 
 inline bool columns_fit(const CsrRows& rows) {

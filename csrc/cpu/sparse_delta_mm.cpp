@@ -225,6 +225,7 @@ void check_adapters(const char* op, const Tensor& x, const Tensor& token_adapter
          "must have one entry per row of x (" + std::to_string(tokens_of(x)) + "), got " +
              std::to_string(token_adapter.numel()));
   check_csr_dtypes(op, row_ptr, col, x);
+  if (rows < 0) fail(op, "out_features", "must not be negative, got " + std::to_string(rows));
   if (row_ptr.dim() != 2 || row_ptr.size(1) != rows + 1)
     fail(op, "row_ptr", "must be [adapters, out + 1] with out " + std::to_string(rows) + ", got " + shape_of(row_ptr));
   if (!page_table) {

@@ -5,7 +5,8 @@
 // Shapes: x [.., columns] and out [.., rows], of which the block's tokens are rows. Its x is packed into a panel
 // [columns][kTokens], so that an entry is one number times a short vector that lies in one place, at one token as
 // at 64. The caller gives each thread its own rows of the delta: no race. Sums are in float32 (float64 for float64),
-// entry after entry of a row, so a token's result is the same bits in any block, with any number of threads.
+// entry after entry of a row, so a token's result is the same bits with any number of threads, and in any block of
+// several tokens; of one token alone sums go by lanes first.
 //
 // What was measured (4096 x 4096, 1 %, one thread, entries and x in cache, AVX-512). One token: gathers of 16 entries,
 // and 16 rows' lanes summed by a tree, take 0.5 ns an entry; an entry at a time 1.5, four rows at a time 1.0, four sums

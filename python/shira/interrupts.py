@@ -1,4 +1,4 @@
-"""Signals that wait until a change is whole."""
+"""What must not come between: signals wait until a change is whole, and autocast is off."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 # Signals whose handlers commonly raise; SIGINT is held first and let through last.
 _INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
@@ -35,3 +37,13 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
         for number in reversed(handlers):
             signal.signal(number, handlers[number])
         let_through()
+
+
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Arithmetic of a bank's own is in the dtypes that it names."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -11,7 +11,7 @@ So an adapter comes and goes without others being moved: what `add_sparse_delta_
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,7 @@ class Pages:
         self._transposed: dict[torch.Tensor, bool] = {}
         self._widest: dict[torch.Tensor, int] = {}  # pages that an adapter needs for a weight at most
         self._usual: Counter[PoolKey] = Counter()  # pages of all registered adapters
-        self._registered = 0
+        self._registered: dict[str, Counts] = {}
 
     @property
     def nbytes(self) -> int:
@@ -92,19 +92,29 @@ class Pages:
     def used(self) -> int:
         return sum(len(pages) for slot in self.residents.values() for pages in slot.pages.values())
 
-    def register(self, counts: Counts, transposed: Mapping[torch.Tensor, bool]) -> None:
+    @property
+    def weights(self) -> Collection[torch.Tensor]:
+        """That registered adapters change."""
+        return self._widest.keys()
+
+    def register(self, name: str, counts: Counts, transposed: Mapping[torch.Tensor, bool]) -> None:
         """An adapter that may be brought in. transposed: of each weight, whether it is [in, out]."""
         self._transposed.update(transposed)
         self._widest.update(self._widths(counts))
         self._usual.update(self._pages([counts]))
-        self._registered += 1
+        self._registered[name] = counts
 
-    def forget(self, name: str, counts: Counts) -> None:
-        """A registered adapter is gone, and with it the mixes that name it."""
+    def forget(self, name: str) -> None:
+        """A registered adapter is gone, and with it the mixes that name it, and what only its weights needed."""
+        counts = self._registered.pop(name)
         for target in [target for target in self.residents if name in dict(target)]:
             self._drop(target)
         self._usual.subtract(self._pages([counts]))
-        self._registered -= 1
+        for weight in set(counts).difference(*self._registered.values()):
+            del self._transposed[weight], self._widest[weight]
+            self.tables.pop(weight, None)
+        keys = {self._key(weight) for weight in self._widest}
+        self.pools = {key: pool for key, pool in self.pools.items() if key in keys}
 
     def make_room(self, needed: Mapping[Target, Counts]) -> None:
         """Room for all of these together. Those of them that are resident stay so, unless all is laid out again.
@@ -223,7 +233,7 @@ class Pages:
         """All of the budget anew: as many slots as registered adapters of average size fill, and pages for the rest."""
         slot_bytes = self._slot_bytes(self._widest)
         keys = {self._key(weight) for weight in self._widest}
-        usual = {key: self._usual[key] * _page_bytes(key) / max(1, self._registered) for key in keys}
+        usual = {key: self._usual[key] * _page_bytes(key) / max(1, len(self._registered)) for key in keys}
         most = (budget - _bytes_of(pages)) // max(1, slot_bytes)
         slots = max(slots, 1, min(most, int(budget // max(1, slot_bytes + sum(usual.values())))))
         rest = budget - slots * slot_bytes - _bytes_of(pages)

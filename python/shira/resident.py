@@ -20,7 +20,7 @@ from shira import arena, unfused
 from shira.adapter import Adapter, checksum_of
 from shira.arena import Arena, Kept, Key, Piece, Pieces, Plan, Share, Write, Written, base_entries
 from shira.attach import check_base, check_claim, check_fits, claim, users_of
-from shira.interrupts import interrupts_held
+from shira.interrupts import interrupts_held, no_autocast
 from shira.names import first_names, resolve
 from shira.pages import Counts, Deltas, Pages, Target
 
@@ -147,6 +147,7 @@ class ResidentAdapters:
             )
 
     @torch.no_grad()
+    @no_autocast()
     def add(
         self,
         name: str,
@@ -201,14 +202,18 @@ class ResidentAdapters:
                 raise ValueError(f"{name!r} is in use: switch to something else first")
             if self._batch is not None and name in self._batch.names:
                 raise ValueError(f"{name!r} is in use: leave batch() first")
-            if self._obstacles.pop(name, None) is None:
-                self._pages.forget(name, _counts(self._residents[name]))
             del self._residents[name]
+            if self._obstacles.pop(name, None) is None:
+                self._pages.forget(name)
+                self._linears = {w: modules for w, modules in self._linears.items() if w in self._pages.weights}
+            changed = {w for a in self._residents.values() for g in a.values() for p in g for w in p.arena.weights}
+            self._homes = {weight: home for weight, home in self._homes.items() if weight in changed}
             self._staged.pop(name, None)
             if self._staged_plan is not None and name in self._staged_plan.names:
                 self._staged_plan = None
 
     @torch.no_grad()
+    @no_autocast()
     def stage(self, target: str | Mapping[str, float] | None) -> None:
         """Prepares a switch to `target`, off the critical path: merges the entries of a mix, and brings adapters that
         are held on the host to the model's device, on a stream of its own. Kept until the next switch or `stage`; None
@@ -276,7 +281,7 @@ class ResidentAdapters:
                 self._open(batch, self._targets(names), mode, tokens)
             yield
         finally:
-            with self._lock, interrupts_held():
+            with interrupts_held(), self._lock:
                 if self._batch is batch:
                     self._close(batch)
 
@@ -292,7 +297,7 @@ class ResidentAdapters:
                 self.switch(target)
             yield
         finally:
-            with self._lock, interrupts_held():
+            with interrupts_held(), self._lock:
                 if user in self._users:
                     self._users.remove(user)
                 if self._active != user.before:
@@ -394,6 +399,7 @@ class ResidentAdapters:
                 for rows in self._rows.values():
                     rows.clear()
 
+    @no_autocast()
     def _bring_in(self, targets: list[Target]) -> None:
         """Makes all of these resident."""
         if all(target in self._pages.residents for target in targets):  # the common case, which must be quick
@@ -460,7 +466,7 @@ class ResidentAdapters:
                 linears[weight] = [module for _, module, _ in users[weight]]
                 transposed[weight] = bool(unfused.is_transposed(linears[weight][0]))
         self._linears.update(linears)
-        self._pages.register(_counts(pieces), transposed)
+        self._pages.register(name, _counts(pieces), transposed)
 
     def _check_linears(self) -> None:
         """The layers still are what they were when adapters were added."""
@@ -641,6 +647,7 @@ class ResidentAdapters:
         self._switches += 1
         self._last_switch_us = (time.perf_counter_ns() - began) / 1e3
 
+    @no_autocast()
     def _switch(self, wanted: dict[str, float]) -> None:
         self._await_staged()
         writes, plan = self._writes(wanted)
@@ -685,6 +692,7 @@ class ResidentAdapters:
                     claim(weight, None)
                 for weight in new.arena.weights if new is not None else ():
                     claim(weight, self)
+        torch.clear_autocast_cache()  # it may hold rounded copies of the old weights
 
     def _kept(self) -> Kept:
         """The entries of the base that the weights do not hold now."""

@@ -11,6 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -21,14 +22,16 @@ from shira_kernels import add_sparse_delta_mm_batched, sparse_delta_mm_batched
 
 # When unfused inference has cost as much as switching in and out, in tokens that the block has run; a forward costs as
 # much as FORWARD_TOKENS beside its tokens, since it reads all entries. From bench/bench_unfused.py,
-# test_fused_or_unfused (1 thread, hidden 1024, 1 %, float32): after 4 forwards of 1 token, 3 of 8, 2 of 32, 1 of 128.
-FUSE_AFTER_TOKENS = 128
-FORWARD_TOKENS = 32
+# test_fused_or_unfused (1 thread, hidden 1024, 1 %, float32): the two cost as much at about 6 forwards of 1 token, and
+# at one forward of 128.
+FUSE_AFTER_TOKENS = 150
+FORWARD_TOKENS = 24
 
 MODES = ("auto", "fused", "unfused")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_KEPT = 16  # numbers of tokens whose adapters are kept
+_KEPT = 16  # numbers of rows, and for each of tokens, whose slots are kept
 
+T = TypeVar("T")
 Users = Mapping[torch.Tensor, Sequence[tuple[str, nn.Module, str]]]  # of each parameter: module's name, module, role
 
 
@@ -37,7 +40,8 @@ class Rows:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._known: dict[int, dict[int, torch.Tensor]] = {}  # by rows, by tokens
+        self._known: dict[int, dict[int, torch.Tensor]] = {}  # by rows, by tokens; the latest last
+        self._captured: set[int] = set()  # ids of those that a CUDA graph reads, which are kept for ever
         self.slots = torch.empty(0)
         self.meter: Meter | None = None
         self._by_tokens: dict[int, torch.Tensor] = {}
@@ -46,7 +50,9 @@ class Rows:
         """Tensors that earlier batches of as many rows used are written, so that captured graphs read the new slots."""
         with torch.inference_mode(False):
             new = torch.tensor(slots, dtype=torch.int32, device=self._device)
-            known = self._known.setdefault(len(slots), {len(slots): torch.empty_like(new)})
+            known = self._known.pop(len(slots), None) or {len(slots): torch.empty_like(new)}
+            self._known[len(slots)] = known
+            self._forget(self._known, lambda by_tokens: any(id(each) in self._captured for each in by_tokens.values()))
             for tokens, each in known.items():
                 each.copy_(_spread(new, tokens))
         self.meter = meter
@@ -60,23 +66,31 @@ class Rows:
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens] int32, for x [..., in]. Row i of n uses the name i // (n / names)."""
-        count = self.slots.shape[0]
+        count, tokens = self.slots.shape[0], x.shape[:-1].numel()
         rows = x.shape[0] if x.dim() > 1 else 1
-        if rows % count:
+        if rows % count and not (rows == 1 and tokens == count):  # packed: one row, a name for each token
             raise ValueError(f"batch: the model got {rows} rows, which is no multiple of the {count} names")
-        tokens = x.shape[:-1].numel()
         if torch.compiler.is_compiling():
             return _spread(self.slots, tokens)
         known = self._by_tokens.get(tokens)
-        return known if known is not None else self._keep(tokens)
+        if known is None:
+            known = self._keep(tokens)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.add(id(known))
+        return known
 
     def _keep(self, tokens: int) -> torch.Tensor:
-        known = self._by_tokens
-        if len(known) > _KEPT:  # the first is `slots`
-            del known[next(iter([*known][1:]))]
         with torch.inference_mode(False):
-            known[tokens] = _spread(self.slots, tokens).clone()
-        return known[tokens]
+            self._by_tokens[tokens] = _spread(self.slots, tokens).clone()
+        self._forget(self._by_tokens, lambda each: each is self.slots or id(each) in self._captured)
+        return self._by_tokens[tokens]
+
+    @staticmethod
+    def _forget(kept: dict[int, T], needed: Callable[[T], bool]) -> None:
+        """All but the latest, and what is needed."""
+        for key in [*kept][:-_KEPT]:
+            if not needed(kept[key]):
+                del kept[key]
 
 
 def _spread(slots: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -105,9 +119,11 @@ class Meter:
             self._first = module
         if module is self._first and not self._fused:
             self._tokens += x.shape[:-1].numel() + FORWARD_TOKENS
-            # Autograd may have kept weights for a backward; a captured graph would hold the switch.
+            # Autograd may have kept weights for a backward, autocast rounded copies of them, also for other threads; a
+            # captured graph would hold the switch.
+            kept = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
             capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-            if self._tokens > FUSE_AFTER_TOKENS and not torch.is_grad_enabled() and not capturing:
+            if self._tokens > FUSE_AFTER_TOKENS and not kept and not capturing:
                 self._fuse()
                 self._fused = True
         return self._fused
@@ -119,6 +135,9 @@ class _UnfusedLinear(nn.Module):
     shira_original: type[nn.Module]
     shira_table: Table
     shira_rows: Rows
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a model cannot be copied or pickled inside batch(): leave it first")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         table, rows = self.shira_table, self.shira_rows
@@ -140,12 +159,15 @@ class _UnfusedConv1D(_UnfusedLinear):
 
 def _with_delta(out: torch.Tensor, x: torch.Tensor, table: Table, rows: Rows) -> torch.Tensor:
     """The layer's output `out` for `x`, with each row's delta."""
-    x = x.to(out.dtype)  # autocast rounds the layer's input too
     adapters, pool = rows.of(x), table.pool
-    if out.requires_grad or not out.is_contiguous():
-        return out + sparse_delta_mm_batched(
+    # Autocast rounds the layer's input too; the deltas of float16 and bfloat16 weights stay what they are.
+    own = out.dtype if pool.values.dtype == torch.float32 else pool.values.dtype
+    x = x.to(own)
+    if out.requires_grad or not out.is_contiguous() or own != out.dtype:
+        delta = sparse_delta_mm_batched(
             x, adapters, table.row_ptr, pool.col, pool.values, out.shape[-1], table.page_table
         )
+        return out + delta.to(out.dtype)
     add_sparse_delta_mm_batched(out, x, adapters, table.row_ptr, pool.col, pool.values, table.page_table)
     return out
 

@@ -92,6 +92,8 @@ def check_csr(op: str, row_ptr: torch.Tensor, col: torch.Tensor, rows: int, like
         fail(op, "col", f"must be int32 or uint16, got {col.dtype}")
     check_vector(op, "row_ptr", row_ptr, like)
     check_vector(op, "col", col, like)
+    if rows < 0:
+        fail(op, "out_features", f"must not be negative, got {rows}")
     if row_ptr.shape[0] != rows + 1:
         fail(op, "row_ptr", f"must have one entry more than {what} ({rows + 1}), got {row_ptr.shape[0]}")
 

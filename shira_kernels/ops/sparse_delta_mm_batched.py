@@ -54,6 +54,8 @@ def check_adapters(
             _checks.fail(op, argument, f"must be on {x.device} like the others, got {tensor.device}")
         if tensor is not None and not tensor.is_contiguous():
             _checks.fail(op, argument, "must be contiguous")
+    if rows < 0:
+        _checks.fail(op, "out_features", f"must not be negative, got {rows}")
     if row_ptr.dim() != 2 or row_ptr.shape[1] != rows + 1:
         _checks.fail(op, "row_ptr", f"must be [adapters, out + 1] with out {rows}, got {tuple(row_ptr.shape)}")
     if page_table is None:
