@@ -60,6 +60,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("peft").mkdir()
     Path("peft/adapter_config.json").write_text('{"peft_type": "LORA"}')
     Path("peft/adapter_model.bin").write_bytes(b"")
+    shutil.copytree("base", "misplaced")
+    index = dict.fromkeys(base, "model-1.safetensors")
+    Path("misplaced/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     Path("cut").write_bytes(Path("a").read_bytes()[:-9])
     return tmp_path
 
@@ -234,6 +237,8 @@ BAD = {
     "apply base a -o tuned": "tuned: there already; --force replaces it",
     "apply base a -o peft --force": "peft: not replaced, because it holds adapter_config.json, which",
     "apply base a -o . --force": "must be apart from base, which is read",
+    "apply base.safetensors a-patch -o a-patch --force": "a-patch: the output must be apart from a-patch",
+    "apply misplaced a -o new": "model-1.safetensors: it has no tensor 'layers.1.q.weight', which the index says",
     "apply base a -o base.safetensors --force": "the base is a folder, so the output must be one, and there is a file",
     "apply base.safetensors a -o tuned --force": "the base is a file, so the output must be one, and there is a folder",
     "apply other a -o new": "shira: a: layers.0.q.weight: the adapter belongs to another base",

@@ -199,10 +199,11 @@ def test_what_is_there_is_replaced_only_by_force(
         (["{files}/a.safetensors", "{files}/base.safetensors"], "base.safetensors: unknown format"),
         (["{files}/a.safetensors", "{tmp}/narrow.safetensors"], "layers.0.q.weight: the adapters were made for diff"),
         (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}/none"], "none"),
-        (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}"], "no tensor of this name"),
+        (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}/small"], "no tensor of this name"),
         (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}/other.safetensors"], "layers.0.q.weight"),
         (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}/empty"], "no safetensors file"),
         (["{files}/a.safetensors", "{files}/b.safetensors", "--bogus"], "--bogus"),
+        (["{files}/a.safetensors", "{files}/b.safetensors", "--base", "{tmp}"], "must be apart from"),
     ],
 )
 def test_bad_input(
@@ -218,8 +219,8 @@ def test_bad_input(
     one = AdapterTensor(torch.tensor([0]), torch.tensor([1.0]), (6, 7), torch.float32, "add")
     Adapter({NAMES[0]: one}).save(tmp_path / "narrow.safetensors")
     save_file({name: weight + 1 for name, weight in base.items()}, tmp_path / "other.safetensors")
-    if "{tmp}" in arguments:
-        (tmp_path / "other.safetensors").unlink()  # what is left has none of these tensors
+    (tmp_path / "small").mkdir()
+    save_file({"x": base[NAMES[0]]}, tmp_path / "small/x.safetensors")
     written = [argument.replace("{files}", str(files)).replace("{tmp}", str(tmp_path)) for argument in arguments]
     assert run(monkeypatch, *written, "-o", tmp_path / "out") == 2
     out, err = capsys.readouterr()

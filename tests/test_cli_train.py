@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"vocab_size": len(WORDS) + 2, "max_position_embeddings": 64}
+    sizes |= {"vocab_size": len(WORDS) + 2, "max_position_embeddings": 256}
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=1, **sizes))
     bert = transformers.BertForSequenceClassification(
         transformers.BertConfig(id2label={0: "low", 1: "high"}, label2id={"low": 0, "high": 1}, **sizes)
@@ -146,6 +146,8 @@ BAD_DATA = {
     "no_text": ("llama", "x.jsonl", jsonl(TEXT, {"words": "w1"}), 'line 2: must be an object with "text"'),
     "half_a_pair": ("llama", "x.jsonl", jsonl(TEXT, {"prompt": "w1"}), 'line 2: must be an object with "text"'),
     "text_is_no_string": ("llama", "x.jsonl", jsonl(TEXT, {"text": 3}), "line 2: 'text' must be a string, got 3"),
+    "nothing_to_learn": ("llama", "x.jsonl", jsonl(TEXT, {"text": ""}), "line 2: there is no token to learn"),
+    "no_tokens": ("bert", "x.jsonl", jsonl({"text": "", "label": 1}), "line 1: the text has no tokens"),
     "long_prompt": ("llama", "x.jsonl", jsonl(TEXT, {"prompt": "w1 " * 300, "completion": "w2"}), "line 2: the prompt"),
     "one_example": ("llama", "x.jsonl", jsonl(TEXT), "has 1 example(s)"),
     "empty": ("llama", "x.txt", b"", "has 0 example(s)"),
@@ -178,6 +180,11 @@ def test_bad_data_is_refused_in_one_line(
 
 BAD_OPTIONS = {
     "mask": (("--mask", "best"), "mask must be one of"),
+    "mask_is_a_function": (("--mask", "os:system"), "--mask must be one of"),
+    "epochs": (("--epochs", 0), "epochs must be finite and above 0, got 0.0"),
+    "negative_epochs": (("--epochs", -1), "epochs must be finite and above 0"),
+    "infinite_epochs": (("--epochs", "inf"), "epochs must be finite and above 0"),
+    "nan_epochs": (("--epochs", "nan"), "epochs must be finite and above 0"),
     "density": (("--density", 2), "density must be a number above 0"),
     "targets": (("--target-modules", "nowhere"), "'nowhere' matches no module"),
     "task": (("--task", "translation"), "task must be one of causal-lm, classification"),
@@ -206,6 +213,8 @@ def test_bad_options_are_refused_in_one_line(
 def test_bad_folders_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
@@ -213,7 +222,7 @@ def test_bad_folders_are_refused(
     bare.mkdir()
     (bare / "config.json").write_text((folder / "llama/config.json").read_text())
     cases = {
-        tmp_path: "not a model folder: it has no config.json",
+        data: "not a model folder: it has no config.json",
         encoder: "its architecture is BertModel, neither a causal",
         bare: "cannot be loaded",
     }
@@ -235,3 +244,47 @@ def test_files_are_replaced_only_by_force(
     assert (tmp_path / "training.json").read_text() == "mine"
     assert run(monkeypatch, *arguments, "--force") == 0
     assert json.loads((tmp_path / "training.json").read_text())["task"] == "causal-lm"
+
+
+def test_an_output_that_cannot_be_used_is_refused_before_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_in(folder)
+    monkeypatch.setattr(finetune, "load", lambda *_: pytest.fail("the model was loaded"))
+    for output, message in {
+        folder / "llama": "must be apart from",
+        folder / "llama/new": "must be apart from",
+        Path("/proc/new"): "/proc",
+    }.items():
+        assert run(monkeypatch, folder / "llama", folder / "count.txt", "-o", output) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert files_in(folder) == before
+
+
+def test_the_adapter_outlives_a_failure_of_the_picture(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(found: object) -> bytes:
+        raise ValueError("no picture")
+
+    monkeypatch.setattr(finetune, "picture", fail)
+    assert run(monkeypatch, folder / "llama", folder / "pairs.jsonl", "-o", tmp_path / "out", "--max-steps", 1) == 2
+    assert shira.Adapter.load(tmp_path / "out/adapter.safetensors").nnz
+
+
+def test_examples_are_no_longer_than_the_model_takes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2}
+    for name, positions, vocabulary in (("short", 64, len(WORDS) + 2), ("few", 256, len(WORDS))):
+        config = transformers.GPT2Config(n_positions=positions, vocab_size=vocabulary, **sizes)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name)
+    arguments = (folder / "count.txt", "--max-steps", 1, "-o", tmp_path / "out")
+    assert run(monkeypatch, tmp_path / "short", *arguments) == 0
+    assert "examples have at most 64 tokens: the model takes no longer ones" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out/training.json").read_text())["recipe"]["max_length"] == 64
+    assert run(monkeypatch, tmp_path / "few", *arguments, "--force") == 2
+    assert f"its tokenizer gives the token {len(WORDS) + 1}, and the model has {len(WORDS)}" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def train(
     target_modules: Annotated[
         str, typer.Option(metavar="NAMES", help="Names of layers, with commas between; or all-linear.")
     ] = "all-linear",
-    epochs: Annotated[float, typer.Option(help="How often each example is seen.")] = 3.0,
+    epochs: Annotated[float, typer.Option(help="How often each example is seen; above 0.")] = 3.0,
     max_steps: Annotated[int, typer.Option(min=0, help="Stop after so many steps; 0: no bound.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 8,
     learning_rate: Annotated[
@@ -111,6 +111,10 @@ def train(
             raise CommandError(f"training needs {package}: pip install shira-kernels[train]")
     from shira import finetune
     from shira.config import ALL_LINEAR, ShiraConfig
+    from shira.masks import MASKS
+
+    if mask not in MASKS:  # in Python also a function, which a name at a terminal does not call
+        raise CommandError(f"--mask must be one of {', '.join(MASKS)}, got {mask!r}")
 
     names = target_modules if target_modules == ALL_LINEAR else [name.strip() for name in target_modules.split(",")]
     try:

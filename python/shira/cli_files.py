@@ -144,8 +144,11 @@ def apply(
     """
     with _plainly(adapters):
         import shira
+        from shira.output import check_apart, check_free
 
         pairs = _pairs(adapters, weight)
+        check_free(output, force)
+        check_apart(output, [base, *adapters])  # of other formats merge_checkpoint gets no path
         with _progress() as progress:
             merged = shira.merge_checkpoint(
                 base,

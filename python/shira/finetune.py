@@ -8,7 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import shira
 from shira.config import ShiraConfig
 from shira.io import write_atomically
 from shira.masks import needs_gradient
+from shira.output import check_apart
 
 FILES = ("adapter.safetensors", "training.json", "training.png")
 TASKS = {  # the ends of their architectures' names
@@ -101,6 +102,8 @@ def run_training(
 ) -> dict[str, Any]:
     """Trains, and writes `adapter.safetensors`, `training.json` and `training.png` to `output`, all at the end.
 
+    Of a model with fewer positions than `recipe.max_length` the examples are as long as it takes.
+
     Args:
         model_folder: a model with its tokenizer, as `save_pretrained` writes them. It is only read.
         data: a text file; or JSON lines with "text", "prompt" and "completion", or "text" and "label".
@@ -119,24 +122,34 @@ def run_training(
     console = console or Console(stderr=True)
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if not 0 < recipe.epochs < math.inf:
+        raise ValueError(f"epochs must be finite and above 0, got {recipe.epochs}")
     written = [output / name for name in FILES]
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: not a folder")
+    for path in written:
+        check_apart(path, [model_folder, data])
     if there := [str(path) for path in written if path.is_dir() or (path.exists() and not force)]:
         raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
+    with tempfile.TemporaryFile(dir=next(place for place in (output, *output.parents) if place.exists())):
+        pass  # a place that cannot be written to is found before the training, not after it
     records = read_records(data)
     task = task or task_of(model_folder)
     with console.status("loading the model"):
         model, tokenizer = load(model_folder, task)
+        asked, recipe = recipe.max_length, replace(recipe, max_length=_length(recipe.max_length, model, tokenizer))
         examples = list(encode(records, tokenizer, recipe, task, model.config, data))
+    _check_ids(examples, model, tokenizer, model_folder)
     training, held_out = split(examples, recipe, data)
+    if recipe.max_length < asked:
+        console.print(f"examples have at most {recipe.max_length} tokens: the model takes no longer ones")
     found = train(model, tokenizer, training, held_out, config, recipe, task, console, began)
     output.mkdir(parents=True, exist_ok=True)
+    found.adapter.save(output / "adapter.safetensors")  # first, so that no failure of the others loses it
     numbers = {"model": str(model_folder), "data": str(data), **found.to_dict()}
     numbers |= {"config": config.to_dict(), "recipe": asdict(recipe)}
     write_atomically(output / "training.json", (json.dumps(numbers, indent=1) + "\n").encode())
     write_atomically(output / "training.png", picture(found))
-    found.adapter.save(output / "adapter.safetensors")
     _show(found, model_folder, output, console)
     return numbers
 
@@ -213,14 +226,36 @@ def load(folder: Path, task: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _length(asked: int, model: Any, tokenizer: Any) -> int:
+    """Of the longest examples: what was asked for, or what the model and its tokenizer take."""
+    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    return min(asked, *(int(limit) for limit in limits if limit and limit > 0))
+
+
+def _check_ids(examples: Sequence[Example], model: Any, tokenizer: Any, folder: Path) -> None:
+    largest = max((token for example in examples for token in example["input_ids"]), default=0)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(largest, tokenizer.pad_token_id) >= rows:
+        raise ValueError(
+            f"{folder}: its tokenizer gives the token {max(largest, tokenizer.pad_token_id)}, and the model has {rows}"
+        )
+
+
 def encode(
     records: Sequence[Mapping[str, Any]], tokenizer: Any, recipe: Recipe, task: str, model_config: Any, data: Path
 ) -> Iterator[Example]:
-    """Examples as the model takes them: `input_ids`, `attention_mask` and `labels`."""
+    """Examples as the model takes them: `input_ids`, `attention_mask` and `labels`.
+
+    Raises:
+        ValueError: naming the line, of which there is nothing to learn.
+    """
     if task == "classification":
         for record in records:
             label = _label(record, model_config, data)
-            yield {**tokenizer(record["text"], truncation=True, max_length=recipe.max_length), "labels": label}
+            encoded = tokenizer(record["text"], truncation=True, max_length=recipe.max_length)
+            if not encoded["input_ids"]:
+                raise ValueError(f"{record['where']}: the text has no tokens")
+            yield {**encoded, "labels": label}
         return
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for record in records:
@@ -229,20 +264,22 @@ def encode(
             for start in range(0, len(ids), recipe.max_length):
                 window = ids[start : start + recipe.max_length]
                 if len(window) > 1:  # one token predicts nothing
-                    yield _causal(window, window)
+                    yield _causal(window, window, str(data))
         elif "text" in record:
             ids = [*tokenizer(record["text"])["input_ids"], *end][: recipe.max_length]
-            yield _causal(ids, ids)
+            yield _causal(ids, ids, record["where"])
         else:
             prompt = tokenizer(record["prompt"])["input_ids"]
             completion = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], *end]
             if len(prompt) >= recipe.max_length:
                 raise ValueError(f"{record['where']}: the prompt fills --max-length {recipe.max_length}")
             ids = [*prompt, *completion][: recipe.max_length]
-            yield _causal(ids, [*[_IGNORED] * len(prompt), *completion][: recipe.max_length])
+            yield _causal(ids, [*[_IGNORED] * len(prompt), *completion][: recipe.max_length], record["where"])
 
 
-def _causal(ids: list[int], labels: list[int]) -> Example:
+def _causal(ids: list[int], labels: list[int], where: str) -> Example:
+    if all(label == _IGNORED for label in labels[1:]):  # the first token is not predicted
+        raise ValueError(f"{where}: there is no token to learn: of a text the first is given, of a pair the prompt")
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 

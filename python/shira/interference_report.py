@@ -24,6 +24,7 @@ from shira.adapter import Adapter
 from shira.fusion import Base
 from shira.io import write_atomically
 from shira.metrics import Interference, Overlap, as_deltas, energy_of, interference_of, overlap_of, pairs
+from shira.output import check_apart
 
 _INK = "#303438"
 _COLOURS = (
@@ -107,6 +108,8 @@ def run_report(
     if len(set(names)) < len(names):
         raise ValueError(f"an adapter is given twice: {', '.join(names)}")
     written = [output / "report.html", output / "report.png"]
+    for path in written:
+        check_apart(path, [*files, *([base] if base else [])])
     if there := [str(path) for path in written if path.is_dir() or (path.exists() and not force)]:
         raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
     adapters = {name: Adapter.load(file) for name, file in zip(names, files, strict=True)}

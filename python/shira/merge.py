@@ -110,6 +110,8 @@ def merge_checkpoint(
                 for name in (name for name in parts if folder.files[name] == file):
                     progress(done, total, name)
                     done += 1
+                    if name not in begins:
+                        raise ValueError(f"{file}: it has no tensor {name!r}, which the index says is in it")
                     target.seek(begins[name])
                     # Given no name, so that it is gone before the next is read.
                     target.write(
