@@ -98,6 +98,7 @@ def test_diff_and_apply_at_a_terminal(files: Path) -> None:
     code, out, error = shira_in_a_process("diff base tuned -o new.safetensors")
     assert (code, error) == (0, "")
     assert out.startswith("new.safetensors: 46 entries in 2 tensors, density 1.917%, kind replace, ")
+    assert "layers.1.q.weight" in out  # and the density of each
     code, out, error = shira_in_a_process("apply base new.safetensors -o merged")
     assert (code, out, error) == (0, "merged: 46 entries of 2 tensors written into 2 files\n", "")
     for name, tensor in tuned_of(make_state()).items():
@@ -331,3 +332,12 @@ def test_control_c_at_a_terminal(files: Path) -> None:
         out, error = process.communicate(timeout=60)
     assert (process.returncode, out, error) == (130, b"", b"")
     assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+
+
+def test_names_in_files_do_not_reach_the_terminal_as_they_are(files: Path, run: Run) -> None:
+    name = "\x1b[31mevil\nx"
+    save_file({f"{name}.indices": torch.tensor([0], dtype=torch.int32), f"{name}.values": torch.ones(1)}, "evil")
+    for command in ("info evil", "convert evil --base base -o made"):
+        _, out, error = run(command)
+        assert "\x1b[31mevil" not in out + error
+    assert "evil" in run("info evil")[1]

@@ -271,6 +271,7 @@ def test_a_folder_of_weights(files: Path, base: dict[str, torch.Tensor], tmp_pat
         TensorFolder(tmp_path)
     save_file({"z": torch.ones(3)}, tmp_path / "model.safetensors")
     assert list(TensorFolder(tmp_path)) == ["z"]
+    (tmp_path / "model.safetensors").unlink()
     index = tmp_path / "model.safetensors.index.json"
     wrong: list[Any] = ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 1}}']
     for text in wrong:

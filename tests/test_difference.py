@@ -262,6 +262,8 @@ def test_any_difference_is_exact(seed: int, share: float, dtype: torch.dtype) ->
 def bad_diffs() -> dict[str, tuple[dict, str]]:
     w = torch.zeros(4)
     return {
+        "nothing in common": ({"base": {"other": w}, "common": True}, "no tensor of the same name"),
+        "too large": ({"tuned": {"w": w.double() + 1e200}, "base": {"w": w.double()}, "top": 0.5}, "w: the squares of"),
         "base lacks": ({"base": {}}, "base lacks the tensor 'w'; compare those that both have with `common`"),
         "tuned lacks": ({"base": {"w": w, "b": w + 1, "c": w + 2}}, "tuned lacks the tensor 'b', and 1 more"),
         "shape": ({"base": {"w": w.view(2, 2)}}, r"w: the shape is \(2, 2\) in base, but \(4,\) in tuned"),
@@ -302,6 +304,14 @@ def test_wrong_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: the folder has no safetensors file"):
         shira.diff({}, tmp_path / "empty")
+
+
+def test_a_folder_with_two_checkpoints_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(4)}, tmp_path / "model.safetensors")
+    save_file({"w": torch.ones(4)}, tmp_path / "shard.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "shard.safetensors"}}')
+    with pytest.raises(ValueError, match=r"has both model\.safetensors and model\.safetensors\.index\.json"):
+        shira.diff(tmp_path, {"w": torch.zeros(4)})
 
 
 # merge_checkpoint

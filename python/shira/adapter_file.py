@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FORMAT = "shira/1"
 RECOMPUTABLE = ("wm", "small", "struct", "rand")  # masks that the base and the config tell
 
-_MAX_HEADER = 2**25  # bytes
+_MAX_HEADER = 2**23  # bytes: JSON takes up to sixty times as many when it is parsed
 _MAX_NAME, _MAX_DIMENSIONS = 512, 64
 _DIGITS = 32  # of a checksum: 16 bytes
 _BEGIN = b'{"__metadata__":{"checksum":"'  # of the header; the checksum's digits follow

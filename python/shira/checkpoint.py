@@ -39,7 +39,8 @@ class TensorFolder(Mapping[str, torch.Tensor]):
     The files are those that `model.safetensors.index.json` lists; without one `model.safetensors`; without that, all.
 
     Raises:
-        ValueError: the folder has no such file, its index or a file is damaged, or two files have a name in common.
+        ValueError: the folder has no such file, or both of the first two; its index or a file is damaged, or two files
+            have a name in common.
         OSError: something cannot be read.
     """
 
@@ -50,6 +51,8 @@ class TensorFolder(Mapping[str, torch.Tensor]):
                 pass
             self._files = dict.fromkeys(_names(folder), folder)
             return
+        if (folder / INDEX).exists() and (folder / SINGLE).exists():
+            raise ValueError(f"{folder}: has both {SINGLE} and {INDEX}, which may hold different weights: remove one")
         if (folder / INDEX).exists():
             self._files = _indexed(folder / INDEX)
             return

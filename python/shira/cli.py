@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shira.cli_files import CommandError, Json, add_commands, console_for, print_json
+from shira.cli_files import CommandError, Json, add_commands, console_for, plainly, print_json, printable
 
 app = typer.Typer(help="Sparse high-rank adapters: train, save, switch.", add_completion=False, no_args_is_help=True)
 
@@ -58,12 +58,10 @@ def report(
         raise CommandError("the report needs matplotlib: pip install shira-kernels[train]")
     from shira import interference_report
 
-    try:
+    with plainly(adapters):
         found = interference_report.run_report(
             adapters, base=base, output=output, force=force, console=console_for(json)
         )
-    except ValueError as error:
-        raise CommandError(str(error)) from None
     if json:
         print_json(interference_report.to_dict(found))
 
@@ -166,10 +164,11 @@ def bench(
     from shira import latency
 
     try:
-        found = latency.run_bench(
-            adapters or [], base=base, device=device, threads=threads, seconds=seconds, console=console_for(json)
-        )
-    except (ValueError, RuntimeError) as error:
+        with plainly(adapters or []):
+            found = latency.run_bench(
+                adapters or [], base=base, device=device, threads=threads, seconds=seconds, console=console_for(json)
+            )
+    except RuntimeError as error:
         raise CommandError(str(error)) from None
     if json:
         print_json(latency.to_dict(found))
@@ -193,7 +192,7 @@ def main() -> None:
 
 def _fail(message: str) -> None:
     if message:  # none comes with the help that `shira` alone shows
-        print(f"shira: {' '.join(message.split())}", file=sys.stderr)
+        print(f"shira: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 

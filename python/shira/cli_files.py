@@ -61,7 +61,7 @@ def info(
 
     Example: shira info blue.safetensors --base llama/
     """
-    with _plainly():
+    with plainly():
         from shira import convert as formats
 
         form = formats.format_of(file)
@@ -109,7 +109,7 @@ def diff(
 
     Example: shira diff llama/ llama-tuned/ -o tuned.safetensors --top 0.01
     """
-    with _plainly():
+    with plainly():
         import shira
 
         _check_output(output, [base, tuned], force)
@@ -118,6 +118,8 @@ def diff(
             progress(1, 1, f"writing {output.name}")
             adapter.save(output)
     _report_written(adapter, output, json)
+    if not json:
+        _print_tensors(adapter)
 
 
 def apply(
@@ -142,7 +144,7 @@ def apply(
 
     Example: shira apply llama/ blue.safetensors paint.safetensors -w 0.7 -w 0.3 -o llama-mix/
     """
-    with _plainly(adapters):
+    with plainly(adapters):
         import shira
         from shira.output import check_apart, check_free
 
@@ -192,7 +194,7 @@ def fuse(
 
     Example: shira fuse blue.safetensors paint.safetensors -w 0.7 -w 0.3 --base llama/ -o mix.safetensors
     """
-    with _plainly(adapters):
+    with plainly(adapters):
         import shira
 
         pairs = _pairs(adapters, weight)
@@ -238,7 +240,7 @@ def convert(
 
     Example: shira convert blue.safetensors --base llama/ --to peft-shira -o blue-peft/
     """
-    with _plainly():
+    with plainly():
         from shira import convert as formats
 
         if to not in formats.WRITTEN:
@@ -255,7 +257,7 @@ def convert(
 
 
 @contextmanager
-def _plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
+def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
     """Errors of the input become CommandErrors; our warnings one line each, and those of libraries nothing."""
 
     def in_words_of_a_command(text: str) -> str:
@@ -263,7 +265,7 @@ def _plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
             text = text.replace(f"adapters[{position}]", str(file))
         for argument in ("top", "base", "common"):
             text = text.replace(f"`{argument}`", f"--{argument}")
-        return " ".join(text.split())
+        return printable(text)
 
     own = os.path.dirname(__file__)
     # transformers would draw bars of its own.
@@ -397,7 +399,7 @@ def _info_of_arrays(file: Path, form: str, json: bool) -> None:
         }
         print_json({"file": str(file), "format": form, "bytes": _size(file), "arrays": shapes})
         return
-    rows = [(name, str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for name, t in arrays.items()]
+    rows = [(printable(n), str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for n, t in arrays.items()]
     _print_table(("array", "shape", "dtype"), rows)
     print(f"{file}: format {form}, {len(arrays)} arrays, {_in_bytes(_size(file))}")
     print("shira convert makes an adapter of it, with the --base that it was made for")
@@ -453,6 +455,11 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             console.width, 10 + sum(max(len(row[i]) for row in [columns, *rows]) + 2 for i in range(len(columns)))
         )
     console.print(table)
+
+
+def printable(text: str) -> str:
+    """In one line, and with nothing that a terminal would obey: names may come from anybody's file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def console_for(json: bool) -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -94,6 +95,9 @@ def energy_facts(top: float | None, energies: Energies) -> dict[str, Any]:
     """What a provenance says of `top`; nothing without."""
     if top is None:
         return {}
+    for name, (_, energy) in energies.items():
+        if not math.isfinite(energy):
+            raise ValueError(f"{name}: the squares of its changes are too large to sum: leave out `top`")
     kept, of_all = (sum(energy[i] for energy in energies.values()) for i in (0, 1))
     by_tensor = {name: _share(*energy) for name, energy in energies.items()}
     return {"top": float(top), "energy": by_tensor, "energy_kept": _share(kept, of_all)}
@@ -141,6 +145,8 @@ def _common_names(base: _Side, tuned: _Side, common: bool) -> list[str]:
             more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"{what} the tensor {missing[0]!r}{more}; compare those that both have with `common`")
     both = [name for name in base.own if name in tuned.own]
+    if not both:
+        raise ValueError("base and tuned have no tensor of the same name")
     # Tied on both sides to the same tensor: kept once.
     return [
         name for name in both if base.aliases.get(name) is None or base.aliases.get(name) != tuned.aliases.get(name)
