@@ -44,7 +44,7 @@ def variants() -> Iterator[Variant]:
 def sparse_delta_variants() -> Iterator[Variant]:
     pairs = [("fp64", "fp64"), ("fp32", "fp32"), ("i16", "i16"), ("fp16", "fp16"), ("i16", "fp32"), ("fp16", "fp32")]
     small, large = ("i32", "u16"), ("i64", "i32")
-    forms = [(False, 0, True, small), (True, 0, True, large), (True, 1024, True, small), (True, 1024, False, large)]
+    forms = [(False, 0, True, small), (True, 0, True, large), (True, 4096, True, small), (True, 4096, False, large)]
     decode = {"ROWS": _sparse_delta.DECODE_ROWS, "ENTRIES": _sparse_delta.DECODE_ENTRIES}
     prefill = {name: getattr(_sparse_delta, name) for name in ("ROWS", "TOKENS", "UNROLLED")}
     for (kind, value), (mixed, page, add, (row_ptr, col)) in itertools.product(pairs, forms):

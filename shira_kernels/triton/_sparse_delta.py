@@ -166,8 +166,8 @@ def prefill_kernel(
     TOKENS: tl.constexpr,
     UNROLLED: tl.constexpr,
 ):
-    r = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    i = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    i = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
     inside = i < tokens
     if BATCHED:
         t = tl.load(order + i, mask=inside, other=0)
@@ -239,7 +239,8 @@ def product(
     stride = triton.cdiv(tokens, ALIGNED) * ALIGNED
     x_t = inputs.new_empty(columns, stride)
     x_t[:, :tokens] = inputs.t()
-    prefill_kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(rows, ROWS))](  # the second may be 65535 at most
+    # The second is at most 65535 on NVIDIA GPUs, 4 million tokens; the other way round the kernel spills registers.
+    prefill_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS))](
         as_kernel_type(out),
         as_kernel_type(x_t),
         adapters,
