@@ -217,18 +217,18 @@ def pages_of(
 @each_isa
 @pytest.mark.parametrize("size", [1, 3, 16, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_pages(isa: str, size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("adapters", [[1, 0, -1, 1, 2, 1, 0] + [1] * 20, [2, -1, 0, 1], [1, 0, 1]], ids=str)
+def test_pages(isa: str, size: int, dtype: torch.dtype, adapters: list[int]) -> None:
     masks = [random_mask(30, 40, 0.05, seed=1), random_mask(30, 40, 0.2, seed=2), torch.zeros(30, 40, dtype=torch.bool)]
     masks[0][-4:], masks[1][:3] = False, False
     entries = [case(1, mask, dtype)[3] for mask in masks]
-    token_adapter = torch.tensor([1, 0, -1, 1, 2, 1, 0] + [1] * 20, dtype=torch.int32)
-    x = torch.randn(27, 40, generator=torch.Generator().manual_seed(3)).to(dtype)
-    old = torch.randn(27, 30, generator=torch.Generator().manual_seed(4)).to(dtype)
+    token_adapter = torch.tensor(adapters, dtype=torch.int32)
+    x = torch.randn(len(adapters), 40, generator=torch.Generator().manual_seed(3)).to(dtype)
+    old = torch.randn(len(adapters), 30, generator=torch.Generator().manual_seed(4)).to(dtype)
     for first in (0, 5):
         row_ptr, col, arena, table = pages_of(masks, entries, size, first)
         with Backend("cpu", isa=isa).running():
             result = ops.sparse_delta_mm_batched(x, token_adapter, row_ptr, col, arena, 30, table)
-        arguments = {"row_ptr": row_ptr, "col": col, "values": arena, "page_table": table}
         arguments = {"row_ptr": row_ptr, "col": col, "values": arena, "page_table": table}
         add = partial(ops.add_sparse_delta_mm_batched, x=x, token_adapter=token_adapter, **arguments)
         out = add_within_canaries(isa, old, add)
@@ -240,6 +240,38 @@ def test_pages(isa: str, size: int, dtype: torch.dtype) -> None:
                 weight = dense(masks[adapter], entries[adapter])
                 check(result[t], x[t], weight)
                 check(out[t], x[t], weight, old[t])
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_any_length_for_a_token_that_is_alone(isa: str, dtype: torch.dtype) -> None:
+    """In pages or not they have the same bits, however many rows are taken at a time."""
+    columns = 3000
+    lengths = [0, 1, 15, 16, 17, 32, 33, 48, 49, 63, 64, 65, 130, 1023, 1024, 1025, 2048, 2049, 3000]
+    for share in (1, 3, 8, len(lengths)):  # of the lengths, shortest first
+        mask = torch.zeros(3 * share + 16, columns, dtype=torch.bool)
+        for row in range(len(mask)):
+            length = lengths[row * 7 % share]
+            mask[row, torch.randperm(columns, generator=torch.Generator().manual_seed(row))[:length]] = True
+        x, row_ptr, col, values = case(1, mask, dtype)
+        check_all(isa, 1, mask, dtype)
+        with Backend("cpu", isa=isa).running(3):
+            whole = ops.sparse_delta_mm(x, row_ptr, col, values, len(mask))
+            for size in (7, 1000):
+                pages = -(-col.numel() // size)
+                table = torch.arange(pages, dtype=torch.int32).flip(0)
+                paged = [torch.nn.functional.pad(each, (0, pages * size - len(each))) for each in (col.int(), values)]
+                column, entries = (each.view(pages, size).flip(0).contiguous() for each in paged)
+                result = ops.sparse_delta_mm_batched(
+                    x,
+                    torch.zeros(1, dtype=torch.int32),
+                    row_ptr[None],
+                    column.to(torch.uint16),
+                    entries,
+                    len(mask),
+                    table[None],
+                )
+                assert torch.equal(result, whole)
 
 
 def paged_arguments() -> dict[str, Any]:
@@ -258,10 +290,12 @@ def paged_arguments() -> dict[str, Any]:
 
 @each_isa
 @pytest.mark.parametrize("col_dtype", [torch.uint16, torch.int32], ids=str)
-def test_bad_contents_are_found_wherever_they_are(isa: str, col_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("adapters", [[1, -1, 1], [1, -1, 0]], ids=["together", "alone"])
+def test_bad_contents_are_found_wherever_they_are(isa: str, col_dtype: torch.dtype, adapters: list[int]) -> None:
     """Each entry made wrong in turn, in and between pages; nothing is written."""
     with backends.use("cpu", isa=isa):
         good = paged_arguments()
+        good["token_adapter"] = torch.tensor(adapters, dtype=torch.int32)
         row_ptr, table, size = good["row_ptr"][1], good["page_table"][1], good["col"].shape[1]
         ops.add_sparse_delta_mm_batched(**good)
         assert good["out"][0].any()
@@ -306,22 +340,27 @@ def test_bad_contents_are_found_wherever_they_are(isa: str, col_dtype: torch.dty
 
 @each_isa
 def test_a_long_list_is_checked_to_its_end(isa: str) -> None:
-    """Columns are checked in blocks, by vectors, and by threads."""
+    """Columns are checked in blocks, by vectors, and by threads; for one token while its sums are formed."""
     mask = random_mask(100, 3000, 0.2)
-    x, row_ptr, col, values = case(1, mask, torch.float32)
+    mask[40:50] = True
+    x, row_ptr, col, values = case(2, mask, torch.float32)
     begins = set(row_ptr.tolist())
     generator = torch.Generator().manual_seed(5)
     with backends.use("cpu", isa=isa):
-        for e in torch.randint(1, col.numel(), (60,), generator=generator).tolist():
+        # A row of 3000 entries goes 1024 at a time.
+        joints = [int(row_ptr[44]) + e for e in (1023, 1024, 1025, 2048)]
+        for e in joints + torch.randint(1, col.numel(), (60,), generator=generator).tolist():
             if e in begins:
                 continue
             wrong = col.to(torch.int32)
             wrong[e] = wrong[e - 1]
             for dtype in (torch.int32, torch.uint16):
-                with pytest.raises(RuntimeError, match="col must be sorted and unique"):
-                    ops.sparse_delta_mm(x, row_ptr, wrong.to(dtype), values, 100)
-        with pytest.raises(RuntimeError, match=r"col must lie in \[0, 2900\)"):
-            ops.sparse_delta_mm(x[:, :2900], row_ptr, col, values, 100)
+                for tokens in (1, 2):
+                    with pytest.raises(RuntimeError, match="col must be sorted and unique"):
+                        ops.sparse_delta_mm(x[:tokens], row_ptr, wrong.to(dtype), values, 100)
+        for tokens in (1, 2):
+            with pytest.raises(RuntimeError, match=r"col must lie in \[0, 2900\)"):
+                ops.sparse_delta_mm(x[:tokens, :2900], row_ptr, col, values, 100)
 
 
 @each_isa

@@ -62,12 +62,16 @@ CsrRows check_csr(const char* op, const Tensor& row_ptr, const Tensor& col, cons
           0};
 }
 
-void check_csr_contents(const char* op, const CsrRows& all, int64_t nnz, const CpuKernels& kernels) {
+void check_borders(const char* op, const CsrRows& all, int64_t nnz, const CpuKernels& kernels) {
   const int64_t first = all.border(0), last = all.border(all.end);
   if (first != 0 || last != nnz || !kernels.row_ptr_rises(all.row_ptr, all.end + 1, all.wide_row_ptr))
     fail(op, "row_ptr",
          "must rise from 0 to the number of entries (" + std::to_string(nnz) + "), got from " + std::to_string(first) +
              " to " + std::to_string(last));
+}
+
+void check_csr_contents(const char* op, const CsrRows& all, int64_t nnz, const CpuKernels& kernels) {
+  check_borders(op, all, nnz, kernels);
   check_columns(op, all, kernels);
 }
 

@@ -16,7 +16,10 @@ void check_csr_dtypes(const char* op, const Tensor& row_ptr, const Tensor& col, 
 CsrRows check_csr(const char* op, const Tensor& row_ptr, const Tensor& col, const Tensor& like, int64_t rows,
                   int64_t columns, const char* what);
 
-// row_ptr rises from 0 to nnz; columns are sorted and unique in each row, and lie in [0, columns).
+// row_ptr rises from 0 to nnz.
+void check_borders(const char* op, const CsrRows& all, int64_t nnz, const CpuKernels& kernels);
+
+// The same, and columns are sorted and unique in each row, and lie in [0, columns).
 void check_csr_contents(const char* op, const CsrRows& all, int64_t nnz, const CpuKernels& kernels);
 
 // The columns alone; borders are right. On several threads.

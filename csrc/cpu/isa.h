@@ -10,6 +10,7 @@
 #include "masked_grad_kernel.h"
 #include "scatter_apply_kernel.h"
 #include "sparse_delta_mm_kernel.h"
+#include "sparse_delta_token_kernel.h"
 #include "topk_indices_kernel.h"
 
 namespace shira {
@@ -30,6 +31,7 @@ const CpuKernels SHIRA_TABLE(SHIRA_ISA) = {
     SHIRA_ISA::choose_extract_changed,
     SHIRA_ISA::strictly_rising,
     SHIRA_ISA::choose_sparse_delta_mm,
+    SHIRA_ISA::choose_sparse_delta_token,
     SHIRA_ISA::row_ptr_rises,
     SHIRA_ISA::columns_fit,
     SHIRA_ISA::decode_indices,

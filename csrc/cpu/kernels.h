@@ -71,6 +71,27 @@ struct CsrRows {
   int64_t count() const { return border(end) - border(begin); }
 };
 
+// The entries of one adapter: entry e is at e in the arenas, or, where there are pages, at
+// page_of[e / page_size] * page_size + e % page_size.
+struct DeltaEntries {
+  CsrRows rows;  // all
+  const void* values;
+  const int32_t* page_of;  // null where there are no pages
+  int64_t page_size;
+};
+
+// A token that is alone with its adapter.
+struct SparseDeltaToken {
+  void (*widen)(const void* x, int64_t count, void* to);  // null where sums are of x's own type
+  // Writes the sums of rows [begin, end) for a widened x, in whole memory lines, and says whether their columns are
+  // sorted and unique in each row, and lie in [0, columns). Adding the sum of a row without entries changes nothing.
+  bool (*sums)(const void* x, const DeltaEntries&, int64_t begin, int64_t end, void* sums);
+  void (*write)(const void* sums, int64_t count, bool accumulate, void* out);
+  int64_t number_bytes;  // of a sum
+};
+
+using ChooseSparseDeltaToken = SparseDeltaToken (*)(Element x, Element value, bool wide_col);
+
 // Some tokens of one adapter: their rows of x, packed into a panel, and of out.
 struct TokenBlock {
   const int64_t* tokens;
@@ -197,6 +218,7 @@ struct CpuKernels {
   // Whether count indices (int64 where wide, else int32) are strictly rising.
   bool (*strictly_rising)(const void* indices, int64_t count, bool wide);
   ChooseSparseDeltaMm sparse_delta_mm;
+  ChooseSparseDeltaToken sparse_delta_token;
   // Whether borders (int64 where wide, else int32) never fall.
   bool (*row_ptr_rises)(const void* row_ptr, int64_t count, bool wide);
   // Whether columns are sorted and unique in each row, and lie in [0, columns).

@@ -3,6 +3,7 @@
 // Blocks of tokens go in waves, as many as have their panels in the threads' caches at a time. All threads pack the
 // wave's panels, then each goes over its share of all the wave's rows. With as many like blocks as threads that is a
 // block for each thread, which has packed it, too; with one block, or many small ones, threads share rows by cost.
+// Before that come the tokens that are alone, all at once.
 #include "sparse_delta_mm.h"
 
 #include <algorithm>
@@ -15,11 +16,12 @@
 namespace shira {
 namespace {
 
-constexpr int64_t kWaveBytes = 3 << 19;         // of panels, for each thread
-constexpr int64_t kRowsTogether = 32;           // of a thread's share: what a kernel writes at a time
-constexpr int64_t kBlockCost = 12;              // an entry costs as much as this many tokens in it
-constexpr int64_t kCostPerThread = 16384 * 13;  // below this a thread costs more than it saves
-constexpr int64_t kNumbersPerThread = 1 << 14;  // of those packed, the same
+constexpr int64_t kWaveBytes = 3 << 19;  // of panels, for each thread
+constexpr int64_t kRowsTogether = 32;    // of a thread's share: what a kernel writes at a time
+constexpr int64_t kBlockCost = 12;       // an entry costs as much as this many tokens in it
+constexpr int64_t kAloneCost = kBlockCost + 1;
+constexpr int64_t kCostPerThread = 16384 * kAloneCost;  // below this a thread costs more than it saves
+constexpr int64_t kNumbersPerThread = 1 << 14;          // of those packed, the same
 
 std::string of_adapter(const char* argument, int64_t adapter) {
   return std::string(argument) + " of adapter " + std::to_string(adapter);
@@ -35,14 +37,11 @@ int64_t last_size(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); 
 
 // The arenas of a call's adapters.
 struct Arenas {
-  const Tensor &col, &values;
   const int32_t* page_table;  // null where there are no pages
   int64_t pages, page_size, pages_per_adapter;
 
-  Arenas(const Tensor& columns, const Tensor& entries, const std::optional<Tensor>& table)
-      : col(columns),
-        values(entries),
-        page_table(table ? static_cast<const int32_t*>(table->data_ptr()) : nullptr),
+  Arenas(const Tensor& columns, const std::optional<Tensor>& table)
+      : page_table(table ? static_cast<const int32_t*>(table->data_ptr()) : nullptr),
         pages(columns.size(0)),
         page_size(table ? columns.size(1) : 0),
         pages_per_adapter(table ? table->size(1) : 0) {}
@@ -50,31 +49,36 @@ struct Arenas {
   int64_t room() const { return page_table ? pages_per_adapter * page_size : pages; }
 };
 
-// The pieces of an adapter in pages: the rows inside each page, and each row that lies in several of them, copied.
-void add_pages(const char* op, const Arenas& arenas, int64_t adapter, const CsrRows& all, TokenGroups& result) {
-  const int32_t* page_of = arenas.page_table + adapter * arenas.pages_per_adapter;
-  const int64_t size = arenas.page_size, first = all.border(0), last = all.border(all.end);
-  for (int64_t page = first / size; first < last && page * size < last; ++page)
-    if (page_of[page] < 0 || page_of[page] >= arenas.pages)
+void check_pages(const char* op, const Arenas& arenas, int64_t adapter, const DeltaEntries& entries) {
+  const int64_t first = entries.rows.border(0), last = entries.rows.border(entries.rows.end);
+  for (int64_t page = first / arenas.page_size; first < last && page * arenas.page_size < last; ++page)
+    if (entries.page_of[page] < 0 || entries.page_of[page] >= arenas.pages)
       fail(op, of_adapter("page_table", adapter),
            "must lie in [0, " + std::to_string(arenas.pages) + ") where it has entries");
-  const auto* col = static_cast<const char*>(arenas.col.data_ptr());
-  const auto* values = static_cast<const char*>(arenas.values.data_ptr());
-  const int64_t col_size = arenas.col.element_size(), value_size = arenas.values.element_size();
-  std::vector<DeltaPiece>& pieces = result.groups.back().pieces;
-  const auto add = [&](int64_t begin, int64_t end, int64_t shift, const void* columns, const void* entries) {
+}
+
+// The pieces of an adapter. With pages: the rows inside each page, and each row that lies in several of them, copied.
+std::vector<DeltaPiece> pieces_of(const DeltaEntries& entries, int64_t value_size,
+                                  std::vector<std::vector<char>>& copies) {
+  const CsrRows& all = entries.rows;
+  if (!entries.page_of) return {{all, entries.values}};
+  const int32_t* page_of = entries.page_of;
+  const int64_t size = entries.page_size, col_size = all.wide_col ? 4 : 2;
+  std::vector<DeltaPiece> pieces;
+  const auto add = [&](int64_t begin, int64_t end, int64_t shift, const void* col, const void* values) {
     CsrRows rows = all;
-    rows.col = columns;
+    rows.col = col;
     rows.begin = begin;
     rows.end = end;
     rows.shift = shift;
-    pieces.push_back({rows, entries});
+    pieces.push_back({rows, values});
   };
-  const auto copied = [&](const char* arena, int64_t element_size, int64_t begin, int64_t end) {
-    std::vector<char>& copy = result.copies.emplace_back((end - begin) * element_size);
+  const auto copied = [&](const void* arena, int64_t element_size, int64_t begin, int64_t end) {
+    std::vector<char>& copy = copies.emplace_back((end - begin) * element_size);
     for (int64_t e = begin; e < end;) {
       const int64_t stop = std::min(end, (e / size + 1) * size), at = page_of[e / size] * size + e % size;
-      std::copy_n(arena + at * element_size, (stop - e) * element_size, copy.data() + (e - begin) * element_size);
+      std::copy_n(static_cast<const char*>(arena) + at * element_size, (stop - e) * element_size,
+                  copy.data() + (e - begin) * element_size);
       e = stop;
     }
     return copy.data();
@@ -93,16 +97,19 @@ void add_pages(const char* op, const Arenas& arenas, int64_t adapter, const CsrR
     }
     if (low > row) {
       const bool empty = begin == all.border(low);  // perhaps at the end of the last page
-      add(row, low, empty ? 0 : (page_of[page] - page) * size, col, values);
+      add(row, low, empty ? 0 : (page_of[page] - page) * size, all.col, entries.values);
     }
     row = low;
     if (row == all.end || all.border(row) == page_end) continue;
     const int64_t from = all.border(row), to = all.border(row + 1);
-    const auto* copied_columns = copied(col, col_size, from, to);
-    add(row, row + 1, -from, copied_columns, copied(values, value_size, from, to));
+    const auto* col = copied(all.col, col_size, from, to);
+    add(row, row + 1, -from, col, copied(entries.values, value_size, from, to));
     ++row;
   }
+  return pieces;
 }
+
+bool is_alone(const TokenGroup& group) { return group.end - group.begin == 1; }
 
 // One block of tokens of a group, in a wave.
 struct Block {
@@ -112,7 +119,7 @@ struct Block {
   int64_t panel_begin;  // bytes in the wave's panels
   int64_t entry_cost;
 
-  int64_t cost() const { return cost_of(group->all()) * entry_cost; }
+  int64_t cost() const { return cost_of(group->entries.rows) * entry_cost; }
 };
 
 // The blocks of all groups, in their order.
@@ -120,9 +127,10 @@ std::vector<Block> blocks_of(const TokenGroups& groups, const CpuKernels& kernel
                              TokenBlock block) {
   std::vector<Block> blocks;
   for (const TokenGroup& group : groups.groups) {
+    if (is_alone(group)) continue;
     for (int64_t t = group.begin; t < group.end;) {
       const SparseDeltaMm kernel =
-          kernels.sparse_delta_mm(element, value, group.pieces[0].rows.wide_col, block.columns, group.end - t);
+          kernels.sparse_delta_mm(element, value, group.entries.rows.wide_col, block.columns, group.end - t);
       block.tokens = groups.tokens.data() + t;
       block.count = std::min(kernel.tokens, group.end - t);
       blocks.push_back({&group, kernel, block, 0, kBlockCost + kernel.tokens});
@@ -132,21 +140,34 @@ std::vector<Block> blocks_of(const TokenGroups& groups, const CpuKernels& kernel
   return blocks;
 }
 
-// The rows of a block that lie in the part [begin, end) of its cost.
-void run_share(const Block& block, int64_t begin, int64_t end) {
-  const CsrRows all = block.group->all();
+// The rows that lie in the part [begin, end) of a cost that is entry_cost for each entry.
+std::pair<int64_t, int64_t> share_of(const CsrRows& all, int64_t entry_cost, int64_t begin, int64_t end) {
   const auto row = [&](int64_t cost) {
     if (cost <= 0) return all.begin;
-    const int64_t at = row_at(all, (cost + block.entry_cost - 1) / block.entry_cost);
+    const int64_t at = row_at(all, (cost + entry_cost - 1) / entry_cost);
     return std::min(all.end, (at + kRowsTogether - 1) / kRowsTogether * kRowsTogether);
   };
-  const int64_t first = row(begin), last = row(end);
-  for (const DeltaPiece& piece : block.group->pieces) {
-    CsrRows rows = piece.rows;
-    rows.begin = std::max(rows.begin, first);
-    rows.end = std::min(rows.end, last);
-    if (rows.begin < rows.end) block.kernel.run(block.block, rows, piece.values);
-  }
+  return {row(begin), row(end)};
+}
+
+// Threads share things that have costs: f(i, begin, end) for what each has of a share's cost.
+template <class Cost, class F>
+void share_costs(size_t first, size_t last, int64_t chunks, const Cost& cost, const F& f) {
+  int64_t total = 0;
+  for (size_t i = first; i < last; ++i) total += cost(i);
+  over_chunks(chunks, [&](int64_t chunk) {
+    int64_t begin = total * chunk / chunks, end = total * (chunk + 1) / chunks;
+    for (size_t i = first; i < last && end > 0; ++i) {
+      const int64_t own = cost(i);
+      if (begin < own) f(i, begin, std::min(end, own));
+      begin -= own;
+      end -= own;
+    }
+  });
+}
+
+int64_t threads_for(int64_t cost, int64_t cost_per_thread) {
+  return std::clamp<int64_t>(cost / cost_per_thread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
 }
 
 void run_wave(const std::vector<Block>& blocks, size_t wave_begin, size_t wave_end, int64_t chunks) {
@@ -162,23 +183,89 @@ void run_wave(const std::vector<Block>& blocks, size_t wave_begin, size_t wave_e
       if (begin < columns && end > 0)
         blocks[i].kernel.pack(blocks[i].block, std::max<int64_t>(begin, 0), std::min(end, columns));
   });
+  share_costs(
+      wave_begin, wave_end, chunks, [&](size_t i) { return blocks[i].cost(); },
+      [&](size_t i, int64_t begin, int64_t end) {
+        const Block& block = blocks[i];
+        const auto [first, last] = share_of(block.group->entries.rows, block.entry_cost, begin, end);
+        for (const DeltaPiece& piece : block.group->pieces) {
+          CsrRows rows = piece.rows;
+          rows.begin = std::max(rows.begin, first);
+          rows.end = std::min(rows.end, last);
+          if (rows.begin < rows.end) block.kernel.run(block.block, rows, piece.values);
+        }
+      });
+}
+
+std::vector<const TokenGroup*> alone_in(const TokenGroups& groups) {
+  std::vector<const TokenGroup*> alone;
+  for (const TokenGroup& group : groups.groups)
+    if (is_alone(group)) alone.push_back(&group);
+  return alone;
+}
+
+// Forms the sums of the tokens that are alone; says whether their adapters' columns fit.
+bool add_sums(const Tensor& x, const Tensor& values, TokenGroups& groups) {
+  const std::vector<const TokenGroup*> alone = alone_in(groups);
+  if (alone.empty()) return true;
+  const CsrRows& rows = alone[0]->entries.rows;
+  const auto count = static_cast<int64_t>(alone.size());
+  const SparseDeltaToken& kernel = groups.alone =
+      cpu_kernels().sparse_delta_token(element_of(dtype_of(x)), element_of(dtype_of(values)), rows.wide_col);
+  const auto* numbers = static_cast<const char*>(x.data_ptr());
+  const auto x_of = [&](int64_t i) {
+    return numbers + groups.tokens[alone[i]->begin] * rows.columns * static_cast<int64_t>(x.element_size());
+  };
+  const int64_t widened_bytes = aligned_size(rows.columns * kernel.number_bytes);
+  const AlignedBytes widened = aligned_bytes(kernel.widen ? count * widened_bytes : 0);
+  if (kernel.widen) {
+    const int64_t chunks = threads_for(count * rows.columns, kNumbersPerThread);
+    over_chunks(chunks, [&](int64_t chunk) {
+      for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i)
+        kernel.widen(x_of(i), rows.columns, widened.get() + i * widened_bytes);
+    });
+  }
+  const int64_t sum_bytes = aligned_size(rows.end * kernel.number_bytes);
+  groups.sums = aligned_bytes(count * sum_bytes);
+  const auto cost = [&](size_t i) { return kAloneCost * cost_of(alone[i]->entries.rows); };
   int64_t total = 0;
-  for (size_t i = wave_begin; i < wave_end; ++i) total += blocks[i].cost();
+  for (size_t i = 0; i < alone.size(); ++i) total += cost(i);
+  std::atomic<bool> fit{true};
+  share_costs(0, alone.size(), threads_for(total, kCostPerThread), cost, [&](size_t i, int64_t begin, int64_t end) {
+    const auto [first, last] = share_of(alone[i]->entries.rows, kAloneCost, begin, end);
+    const auto at = static_cast<int64_t>(i);
+    const void* own = kernel.widen ? widened.get() + at * widened_bytes : x_of(at);
+    if (!kernel.sums(own, alone[i]->entries, first, last, groups.sums.get() + at * sum_bytes)) fit = false;
+  });
+  return fit;
+}
+
+// Adds them to `out`, or writes them.
+void write_sums(const TokenGroups& groups, const Tensor& out, bool accumulate) {
+  const std::vector<const TokenGroup*> alone = alone_in(groups);
+  const auto count = static_cast<int64_t>(alone.size());
+  const int64_t rows = last_size(out), sum_bytes = aligned_size(rows * groups.alone.number_bytes);
+  const int64_t chunks = threads_for(count * rows, kNumbersPerThread);
   over_chunks(chunks, [&](int64_t chunk) {
-    int64_t begin = total * chunk / chunks, end = total * (chunk + 1) / chunks;
-    for (size_t i = wave_begin; i < wave_end; ++i) {
-      const int64_t cost = blocks[i].cost();
-      if (begin < cost && end > 0) run_share(blocks[i], begin, std::min(end, cost));
-      begin -= cost;
-      end -= cost;
+    for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i) {
+      const int64_t at = groups.tokens[alone[i]->begin] * rows * static_cast<int64_t>(out.element_size());
+      groups.alone.write(groups.sums.get() + i * sum_bytes, rows, accumulate, static_cast<char*>(out.data_ptr()) + at);
     }
   });
 }
 
-void check_group_columns(const char* op, const TokenGroups& groups) {
-  const CpuKernels& kernels = cpu_kernels();
-  for (const TokenGroup& group : groups.groups)
-    for (const DeltaPiece& piece : group.pieces) check_columns(op, piece.rows, kernels);
+// Checks what the adapters hold, and forms the sums of tokens that are alone.
+void check_groups(const char* op, const Tensor& x, const Tensor& values, TokenGroups& groups) {
+  const auto value_size = static_cast<int64_t>(values.element_size());
+  const auto check = [&](TokenGroup& group) {
+    group.pieces = pieces_of(group.entries, value_size, groups.copies);
+    for (const DeltaPiece& piece : group.pieces) check_columns(op, piece.rows, cpu_kernels());
+  };
+  for (TokenGroup& group : groups.groups)
+    if (!is_alone(group)) check(group);
+  if (add_sums(x, values, groups)) return;
+  for (TokenGroup& group : groups.groups)  // says what is wrong
+    if (is_alone(group)) check(group);
 }
 
 }  // namespace
@@ -256,11 +343,12 @@ void check_in_place(const char* op, const Tensor& out, const Tensor& x, const Te
 }
 
 TokenGroups all_tokens(const char* op, const Tensor& x, const CsrRows& all, const Tensor& values) {
-  check_csr_contents(op, all, values.numel(), cpu_kernels());
+  check_borders(op, all, values.numel(), cpu_kernels());
   TokenGroups result;
   result.tokens.resize(static_cast<size_t>(tokens_of(x)));
   std::iota(result.tokens.begin(), result.tokens.end(), 0);
-  result.groups.push_back({0, tokens_of(x), {{all, values.data_ptr()}}});
+  result.groups.push_back({0, tokens_of(x), {all, values.data_ptr(), nullptr, 0}, {}});
+  check_groups(op, x, values, result);
   return result;
 }
 
@@ -284,7 +372,7 @@ TokenGroups tokens_by_adapter(const char* op, const Tensor& x, const Tensor& tok
     if (adapter_of[t] >= 0) result.tokens[--ends[adapter_of[t]]] = t;
 
   const CpuKernels& kernels = cpu_kernels();
-  const Arenas arenas(col, values, page_table);
+  const Arenas arenas(col, page_table);
   for (int64_t begin = 0; begin < with_adapter;) {
     const int64_t adapter = adapter_of[result.tokens[begin]];
     const int64_t end = adapter + 1 < adapters ? ends[adapter + 1] : with_adapter;
@@ -301,14 +389,12 @@ TokenGroups tokens_by_adapter(const char* op, const Tensor& x, const Tensor& tok
       fail(op, of_adapter("row_ptr", adapter),
            "must rise within [0, " + std::to_string(arenas.room()) + "], got from " + std::to_string(first) + " to " +
                std::to_string(last));
-    result.groups.push_back({begin, end, {}});
-    if (arenas.page_table)
-      add_pages(op, arenas, adapter, all, result);
-    else
-      result.groups.back().pieces.push_back({all, values.data_ptr()});
+    const int32_t* page_of = arenas.page_table ? arenas.page_table + adapter * arenas.pages_per_adapter : nullptr;
+    result.groups.push_back({begin, end, {all, values.data_ptr(), page_of, arenas.page_size}, {}});
+    if (page_of) check_pages(op, arenas, adapter, result.groups.back().entries);
     begin = end;
   }
-  check_group_columns(op, result);
+  check_groups(op, x, values, result);
   return result;
 }
 
@@ -325,19 +411,17 @@ void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, 
   const TokenBlock operands{nullptr,        0,         x.data_ptr(), last_size(x), nullptr, out.data_ptr(),
                             last_size(out), accumulate};
   if (operands.rows == 0) return;
+  write_sums(groups, out, accumulate);
   std::vector<Block> blocks =
       blocks_of(groups, kernels, element_of(dtype_of(x)), element_of(dtype_of(values)), operands);
   int64_t cost = 0;
   for (const Block& block : blocks) cost += block.cost();
-  const int64_t chunks =
-      std::clamp<int64_t>(cost / kCostPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
+  const int64_t chunks = threads_for(cost, kCostPerThread);
 
   std::vector<size_t> waves = {0};
   int64_t bytes = 0, most_bytes = 0;
   for (size_t i = 0; i < blocks.size(); ++i) {
-    const int64_t panel_bytes =
-        (blocks[i].kernel.tokens * blocks[i].kernel.token_bytes * operands.columns + kAlignment - 1) / kAlignment *
-        kAlignment;
+    const int64_t panel_bytes = aligned_size(blocks[i].kernel.tokens * blocks[i].kernel.token_bytes * operands.columns);
     if (bytes > 0 && bytes + panel_bytes > chunks * kWaveBytes) {
       waves.push_back(i);
       bytes = 0;
@@ -359,9 +443,10 @@ static Tensor sparse_delta_mm(const Tensor& x, const Tensor& row_ptr, const Tens
   check_input(kOp, x);
   const CsrRows all = check_csr(kOp, row_ptr, col, x, out_features, last_size(x), "out_features");
   check_values(kOp, values, col, x);
-  const TokenGroups groups = all_tokens(kOp, x, all, values);
+  const Tensor inputs = torch::stable::contiguous(x);
+  const TokenGroups groups = all_tokens(kOp, inputs, all, values);
   Tensor out = new_output(x, out_features);
-  multiply(groups, torch::stable::contiguous(x), values, out, false);
+  multiply(groups, inputs, values, out, false);
   return out;
 }
 

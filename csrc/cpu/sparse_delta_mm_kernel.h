@@ -3,21 +3,18 @@
 //   sum[t, r] = sum over entries e of row r of x[t, col[e]] * values[e];   out[t, r] <- sum | out[t, r] + sum
 //
 // Shapes: x [.., columns] and out [.., rows], of which the block's tokens are rows. Its x is packed into a panel
-// [columns][kTokens], so that an entry is one number times a short vector that lies in one place, at one token as
-// at 64. The caller gives each thread its own rows of the delta: no race. Sums are in float32 (float64 for float64),
-// entry after entry of a row, so a token's result is the same bits with any number of threads, and in any block of
-// several tokens; of one token alone sums go by lanes first.
+// [columns][kTokens], so that an entry is one number times a short vector that lies in one place, at 4 tokens as at
+// 64. The caller gives each thread its own rows of the delta: no race. Sums are in float32 (float64 for float64), entry
+// after entry of a row, so a token's result is the same bits with any number of threads, and in any block. A token that
+// is alone with its adapter goes another way: sparse_delta_token_kernel.h.
 //
-// What was measured (4096 x 4096, 1 %, one thread, entries and x in cache, AVX-512). One token: gathers of 16 entries,
-// and 16 rows' lanes summed by a tree, take 0.5 ns an entry; an entry at a time 1.5, four rows at a time 1.0, four sums
-// a row 1.1. Where entries come from memory, prefetches of what is 1024 entries ahead take a quarter off (a model of 52
-// M weights, 8 adapters of 1 %: 7.6 to 5.6 ms), since the processor's own stop at pages of 4 KB. More tokens: 0.9 ns an
-// entry for 8, 1.0 for 16, 1.4 for 32, 2.6 for 64, which is 40 bytes a cycle from the second cache (1.6 where the first
-// holds the panel); 128 tokens take 7.2, for their panel fills the second cache. Not faster: a second or fourth sum a
-// row, prefetches of the panel, a panel of bfloat16 that is widened when it is read (2.5 ns for 64 tokens; 2.2 on huge
-// pages with 128), its pairs of entries by AVX512-BF16 (2.5). What is beside the entries: packing is a tenth, out a
-// fifth of 64 tokens' time. Its rows lie far apart, often in one set of the first cache, so their lines are asked for a
-// square ahead, and once more when their turn comes.
+// What was measured (4096 x 4096, 1 %, one thread, entries and x in cache, AVX-512): 0.9 ns an entry for 8 tokens, 1.0
+// for 16, 1.4 for 32, 2.6 for 64, which is 40 bytes a cycle from the second cache (1.6 where the first holds the
+// panel); 128 tokens take 7.2, for their panel fills the second cache. Not faster: a second or fourth sum a row,
+// prefetches of the panel, a panel of bfloat16 that is widened when it is read (2.5 ns for 64 tokens; 2.2 on huge pages
+// with 128), its pairs of entries by AVX512-BF16 (2.5). What is beside the entries: packing is a tenth, out a fifth of
+// 64 tokens' time. Its rows lie far apart, often in one set of the first cache, so their lines are asked for a square
+// ahead, and once more when their turn comes.
 #pragma once
 
 #include "kernels.h"
@@ -39,75 +36,13 @@ inline void row_sums(const S* panel, const Col* col, const V* values, int64_t co
   memcpy(sums, added, sizeof(added));
 }
 
-constexpr int64_t kAhead = 1024;  // entries; see above
-
-// Of one token, entry i of a row in lane i, i + 16 in lane i again: the products of neighbours at the same time.
-template <class S, class V, class Col>
-inline Vector<S> row_lanes(const S* x, const Col* col, const V* values, int64_t count) {
-  constexpr int N = kLanes<S>;
-  Vector<S> added{};
-#if SHIRA_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<S, float>) {
-    for (int64_t e = 0; e < count; e += N) {
-      const int64_t left = count - e;
-      __builtin_prefetch(col + e + kAhead);
-      __builtin_prefetch(values + e + kAhead);
-      const auto in = static_cast<__mmask16>(left < N ? (1u << left) - 1 : 0xffff);
-      const auto halves = [&](const void* from) {
-        return zero_extended<N>((Lanes<uint16_t, N>)_mm256_maskz_loadu_epi16(in, from));
-      };
-      __m512i at;
-      if constexpr (sizeof(Col) == 2)
-        at = (__m512i)halves(col + e);
-      else
-        at = _mm512_maskz_loadu_epi32(in, col + e);
-      __m512 value;
-      if constexpr (std::is_same_v<V, float>)
-        value = _mm512_maskz_loadu_ps(in, values + e);
-      else if constexpr (std::is_same_v<V, BFloat16>)
-        value = (__m512)(halves(values + e) << 16);
-      else
-        value = _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(in, values + e));
-      added = add_product(added, (Vector<S>)value, (Vector<S>)_mm512_mask_i32gather_ps(__m512{}, in, at, x, 4));
-    }
-    return added;
-  }
-#endif
-  int64_t e = 0;
-  for (; e + N <= count; e += N) {
-    S gathered[N];
-    for (int i = 0; i < N; ++i) gathered[i] = x[col[e + i]];
-    added = add_product(added, widened<N>(values + e), load<Vector<S>>(gathered));
-  }
-  S lanes[N];
-  memcpy(lanes, &added, sizeof(added));
-  for (int i = 0; e < count; ++e, ++i) lanes[i] = add_product(lanes[i], static_cast<S>(widen(values[e])), x[col[e]]);
-  return load<Vector<S>>(lanes);
-}
-
-// Lane i becomes the sum of the lanes of v[i]: halves first, then quarters, and so on.
-template <int S, class V, int N>
-inline V sums_of_lanes(V (&v)[N]) {
-  if constexpr (S == 0) {
-    return v[0];
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < S; ++i) {
-      exchange<S>(v[i], v[i + S], std::make_index_sequence<N>());
-      v[i] = v[i] + v[i + S];
-    }
-    return sums_of_lanes<S / 2>(v);
-  }
-}
-
 // What a panel of kTokens tokens has to do with x and out. Sums go by squares of as many rows as tokens, at most what
-// fills vectors, and are transposed to be written: at 16 tokens and more, whole memory lines of out at a time. Those of
-// one token go by vectors.
+// fills vectors, and are transposed to be written: at 16 tokens and more, whole memory lines of out at a time.
 template <class T, int kTokens>
 struct PanelEnds {
   using S = typename Compute<T>::type;
   static constexpr int kSquare = kTokens < kLanes<S> ? kTokens : kLanes<S>;
-  static constexpr int kRows = kTokens == 1 ? kLanes<S> : kSquare * static_cast<int>(sizeof(S) / sizeof(T));
+  static constexpr int kRows = kSquare * static_cast<int>(sizeof(S) / sizeof(T));
 
   static void pack(const TokenBlock& block, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(block.x);
@@ -116,12 +51,7 @@ struct PanelEnds {
     const auto row = [&](int64_t t) { return x + block.tokens[t < block.count ? t : block.count - 1] * block.columns; };
     for (int t = 0; t < kTokens; t += kSquare) {
       int64_t c = begin;
-      if constexpr (kTokens == 1)
-        for (; c + kLanes<S> <= end; c += kLanes<S>) {
-          const Vector<S> numbers = widened<kLanes<S>>(row(0) + c);
-          memcpy(panel + c, &numbers, sizeof(numbers));
-        }
-      else if constexpr (std::is_same_v<T, BFloat16>)
+      if constexpr (std::is_same_v<T, BFloat16>)
         for (; c + 2 * kSquare <= end; c += 2 * kSquare)
           copy_square_of_pairs<kSquare>([&](int i) { return row(t + i) + c; }, panel + c * kTokens + t, kTokens);
       for (; c + kSquare <= end; c += kSquare)
@@ -155,20 +85,15 @@ struct PanelEnds {
   }
 
   static void write_all(const TokenBlock& block, int64_t row, const S* sums) {
-    if constexpr (kTokens == 1) {
-      write<kRows>(out_of(block, 0, row), load<Lanes<S, kRows>>(sums), block.accumulate);
-    } else {
-      for (int64_t t = 0; t < block.count; t += kSquare) {
-        const int64_t count = block.count - t < kSquare ? block.count - t : kSquare;
-        // The panel has driven them out of the first cache since.
-        for (int64_t i = 0; i < count; ++i) __builtin_prefetch(out_of(block, t + i, row), 1);
-        for (int64_t r = 0; r < kRows; r += kSquare) {
-          Lanes<S, kSquare> square[kSquare];
-          for (int i = 0; i < kSquare; ++i) square[i] = load<Lanes<S, kSquare>>(sums + (r + i) * kTokens + t);
-          transpose<1>(square);
-          for (int64_t i = 0; i < count; ++i)
-            write<kSquare>(out_of(block, t + i, row + r), square[i], block.accumulate);
-        }
+    for (int64_t t = 0; t < block.count; t += kSquare) {
+      const int64_t count = block.count - t < kSquare ? block.count - t : kSquare;
+      // The panel has driven them out of the first cache since.
+      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(out_of(block, t + i, row), 1);
+      for (int64_t r = 0; r < kRows; r += kSquare) {
+        Lanes<S, kSquare> square[kSquare];
+        for (int i = 0; i < kSquare; ++i) square[i] = load<Lanes<S, kSquare>>(sums + (r + i) * kTokens + t);
+        transpose<1>(square);
+        for (int64_t i = 0; i < count; ++i) write<kSquare>(out_of(block, t + i, row + r), square[i], block.accumulate);
       }
     }
   }
@@ -187,20 +112,12 @@ void run_panel(const TokenBlock& block, const CsrRows& rows, const void* values)
   for (int64_t row = rows.begin; row < rows.end; row += kRows) {
     const int64_t count = rows.end - row < kRows ? rows.end - row : kRows;
     bool all = count == kRows;
-    [[maybe_unused]] Vector<S> lanes[kTokens == 1 ? kRows : 1] = {};
     for (int64_t i = 0; i < count; ++i) {
       const int64_t end = rows.border(row + i + 1);
-      if constexpr (kTokens == 1)
-        lanes[i] = row_lanes(panel, col + begin, value + begin, end - begin);
-      else
-        row_sums<kTokens>(panel, col + begin, value + begin, end - begin, sums + i * kTokens);
+      row_sums<kTokens>(panel, col + begin, value + begin, end - begin, sums + i * kTokens);
       if (all) Ends::prefetch(block, row, i);
       all &= begin < end || !block.accumulate;
       begin = end;
-    }
-    if constexpr (kTokens == 1) {
-      const Vector<S> added = sums_of_lanes<kRows / 2>(lanes);
-      memcpy(sums, &added, sizeof(added));
     }
     if (all)
       Ends::write_all(block, row, sums);
@@ -227,8 +144,7 @@ SparseDeltaMm delta_panel_of(int64_t columns, int64_t tokens) {
   if (tokens > 16 && fits(32)) return delta_panel<T, V, Col, 32>();
   if (tokens > 8) return delta_panel<T, V, Col, 16>();
   if (tokens > 4) return delta_panel<T, V, Col, 8>();
-  if (tokens > 1) return delta_panel<T, V, Col, 4>();
-  return delta_panel<T, V, Col, 1>();
+  return delta_panel<T, V, Col, 4>();
 }
 
 template <class T>
