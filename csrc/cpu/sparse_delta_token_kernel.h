@@ -25,18 +25,17 @@ namespace shira::SHIRA_ISA {
 constexpr int64_t kEntriesAhead = 1024;  // of a prefetch: the processor's own stops at pages of 4 KB
 constexpr int64_t kProducts = 1024;      // formed at a time
 
-// Lane i becomes the sum of the lanes of v[i]: halves first, then quarters, and so on.
-template <int S, class V, int N>
-inline V sums_of_lanes(V (&v)[N]) {
-  if constexpr (S == 0) {
-    return v[0];
+// Lane i becomes the sum of the lanes of row(i): halves first, then quarters, and so on. A row is asked for when it is
+// needed, so that few are held in registers.
+template <int S, int i, class V, class Row>
+[[gnu::always_inline]] inline V sums_of_lanes(const Row& row) {
+  constexpr int N = sizeof(V) / sizeof(V{}[0]);
+  if constexpr (S == N) {
+    return row(i);
   } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < S; ++i) {
-      exchange<S>(v[i], v[i + S], std::make_index_sequence<N>());
-      v[i] = v[i] + v[i + S];
-    }
-    return sums_of_lanes<S / 2>(v);
+    V a = sums_of_lanes<2 * S, i, V>(row), b = sums_of_lanes<2 * S, i + S, V>(row);
+    exchange<S>(a, b, std::make_index_sequence<N>());
+    return a + b;
   }
 }
 
@@ -124,11 +123,11 @@ inline Vector<S> add_lanes(Vector<S> added, const S* products, int64_t count) {
   return added + load<Vector<S>>(last);
 }
 
+// The sums of rows whose products begin at the offsets, each of them at most kVectors.
 template <int kVectors, class S, int N>
-inline void row_lanes(const S* products, const int32_t* offsets, Vector<S> (&lanes)[N]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < N; ++i)
-    lanes[i] = add_lanes<kVectors>(Vector<S>{}, products + offsets[i], offsets[i + 1] - offsets[i]);
+inline Vector<S> sums_of_rows(const S* products, const int32_t (&offsets)[N]) {
+  return sums_of_lanes<1, 0, Vector<S>>(
+      [&](int i) { return add_lanes<kVectors>(Vector<S>{}, products + offsets[i], offsets[i + 1] - offsets[i]); });
 }
 
 // Entries of an adapter that lie side by side, if need be in copies.
@@ -180,20 +179,19 @@ class TokenSums {
     const CsrRows& rows = entries_.rows;
     for (int64_t row = begin; row < end; row += N) {
       const int64_t count = end - row < N ? end - row : N, first = rows.border(row);
-      Vector<S> lanes[N];
+      Vector<S> added;
       bool some_empty = true;
       if (rows.border(row + count) - first > kProducts) {
-        for (int i = 0; i < N; ++i)
-          lanes[i] = i < count ? long_row(rows.border(row + i), rows.border(row + i + 1)) : Vector<S>{};
+        added = sums_of_lanes<1, 0, Vector<S>>(
+            [&](int i) { return i < count ? long_row(rows.border(row + i), rows.border(row + i + 1)) : Vector<S>{}; });
       } else {
         int32_t offsets[N + 1];
         if (rows.wide_row_ptr)
           offsets_of(static_cast<const int64_t*>(rows.row_ptr) + row, count, offsets);
         else
           offsets_of(static_cast<const int32_t*>(rows.row_ptr) + row, count, offsets);
-        some_empty = short_rows(first, offsets, lanes);
+        added = short_rows(first, offsets, some_empty);
       }
-      const Vector<S> added = sums_of_lanes<N / 2>(lanes);
       memcpy(sums + row, &added, sizeof(added));
       for (int64_t i = row; some_empty && i < row + count; ++i)
         if (rows.border(i) == rows.border(i + 1)) sums[i] = -S{};
@@ -204,8 +202,8 @@ class TokenSums {
  private:
   static constexpr int N = kLanes<S>;
 
-  // Says whether there are rows without entries.
-  bool short_rows(int64_t first, const int32_t (&offsets)[N + 1], Vector<S> (&lanes)[N]) {
+  // some_empty: whether there are rows without entries.
+  Vector<S> short_rows(int64_t first, const int32_t (&offsets)[N + 1], bool& some_empty) {
     taken_.take(entries_, first, first + offsets[N]);
     int64_t falls = form_products(offsets[N]);
     for (int i = 1; i < N; ++i)  // where a row begins they may fall
@@ -217,17 +215,12 @@ class TokenSums {
       most = count > most ? count : most;
       least = count < least ? count : least;
     }
-    if (most <= N)
-      row_lanes<1>(products_, offsets, lanes);
-    else if (most <= 2 * N)
-      row_lanes<2>(products_, offsets, lanes);
-    else if (most <= 3 * N)
-      row_lanes<3>(products_, offsets, lanes);
-    else if (most <= 4 * N)
-      row_lanes<4>(products_, offsets, lanes);
-    else
-      row_lanes<0>(products_, offsets, lanes);
-    return least == 0;
+    some_empty = least == 0;
+    if (most <= N) return sums_of_rows<1>(products_, offsets);
+    if (most <= 2 * N) return sums_of_rows<2>(products_, offsets);
+    if (most <= 3 * N) return sums_of_rows<3>(products_, offsets);
+    if (most <= 4 * N) return sums_of_rows<4>(products_, offsets);
+    return sums_of_rows<0>(products_, offsets);
   }
 
   Vector<S> long_row(int64_t begin, int64_t end) {
