@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shira.adapter import Adapter, AdapterTensor
+from shira.adapter import Adapter, AdapterTensor, checksum_of
 from shira.attach import check_base, check_fits
-from shira.checkpoint import TensorFolder
+from shira.checkpoint import Base, TensorFolder, open_tensors
 from shira.difference import Progress, no_progress
 from shira.fusion import entries_of
 from shira.names import canonical
@@ -44,6 +44,51 @@ class Merged:
     entries: int
     files: list[str]
     left_out: list[str]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether an adapter was made for a base.
+
+    Attributes:
+        fits: True if every tensor's checksum is that of the base's entries; False if one is not, or the base lacks a
+            tensor or has it with another shape or dtype; None if nothing speaks against it but a checksum is missing.
+        reason: the same in words.
+    """
+
+    fits: bool | None
+    reason: str
+
+
+@torch.no_grad()
+def fit_of(adapter: Adapter, base: Base) -> Fit:
+    """Whether an adapter was made for a base: a model whose weights hold it now, a state dict, or the path of a
+    safetensors file or of a folder of them, of which one tensor is in memory at a time.
+
+    Raises:
+        ValueError: `base` is none of these, or a file of it is damaged.
+        OSError: something cannot be read.
+    """
+    tensors = open_tensors(base)
+    own = {canonical(name): name for name in tensors}
+    other, unknown = 0, 0
+    for label, part in adapter.items():
+        if canonical(label) not in own:
+            return Fit(False, f"another model: it has no tensor {label}")
+        weight = tensors[own[canonical(label)]]
+        try:
+            check_fits(label, part, weight)
+        except ValueError as error:
+            return Fit(False, f"another model: {error}")
+        if part.checksum is None:
+            unknown += 1
+        else:
+            other += part.checksum != checksum_of(entries_of(weight, part.indices))
+    if other:
+        return Fit(False, f"another base: {other} of {len(adapter)} tensors differ where the adapter changes them")
+    if unknown:
+        return Fit(None, "shapes and types fit, checksums are not known")
+    return Fit(True, "the one that the adapter was made for")
 
 
 @torch.no_grad()
