@@ -63,6 +63,7 @@ def info(
     """
     with plainly():
         from shira import convert as formats
+        from shira.merge import fit_of
 
         form = formats.format_of(file)
         if form == "peft-merged" or (form != "shira" and base is None):
@@ -71,7 +72,7 @@ def info(
         adapter = formats.read(file, base)
         facts = {"file": str(file), "format": form, "bytes": _size(file), **_facts(adapter)}
         if base is not None:
-            facts["base"] = _belongs(adapter, base)
+            facts["base"] = fit_of(adapter, base).reason
     if json:
         print_json(facts)
         return
@@ -357,34 +358,6 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "config": adapter.config and adapter.config.to_dict(),
         "provenance": adapter.provenance,
     }
-
-
-def _belongs(adapter: Adapter, base: Path) -> str:
-    """Whether an adapter was made for a base."""
-    from shira.adapter import checksum_of
-    from shira.attach import check_fits
-    from shira.checkpoint import open_tensors
-    from shira.fusion import entries_of
-    from shira.names import canonical
-
-    tensors = open_tensors(base)
-    own = {canonical(name): name for name in tensors}
-    other, unknown = [], 0
-    for label, part in adapter.items():
-        if canonical(label) not in own:
-            return f"another model: it has no tensor {label}"
-        weight = tensors[own[canonical(label)]]
-        try:
-            check_fits(label, part, weight)
-        except ValueError as error:
-            return f"another model: {error}"
-        if part.checksum is None:
-            unknown += 1
-        elif part.checksum != checksum_of(entries_of(weight, part.indices)):
-            other.append(label)
-    if other:
-        return f"another base: {len(other)} of {len(adapter)} tensors differ where the adapter changes them"
-    return "shapes and types fit, checksums are not known" if unknown else "the one that the adapter was made for"
 
 
 def _info_of_arrays(file: Path, form: str, json: bool) -> None:
