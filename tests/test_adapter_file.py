@@ -522,6 +522,22 @@ def test_a_description_that_is_none_is_refused(text: str) -> None:
         adapter_file.loads(joined(json.dumps(whole, separators=(",", ":")).encode(), data))
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "-1e400"])
+def test_a_provenance_with_a_number_that_is_none_is_refused(number: str) -> None:
+    """Nothing can be loaded that could not be saved again."""
+    header, data = split(small())
+    whole = parsed(header)[0]
+    description = whole["__metadata__"]["adapter"]
+
+    def with_number(number: str) -> bytes:
+        whole["__metadata__"]["adapter"] = f'{description[:-1]},"provenance":{{"a":[{number}]}}}}'
+        return joined(json.dumps(whole, separators=(",", ":")).encode(), data)
+
+    assert adapter_file.loads(with_number("1e308")).provenance == {"a": [1e308]}
+    with pytest.raises(shira.AdapterFormatError, match=rf"'adapter' is not valid JSON: '?{number}"):
+        adapter_file.loads(with_number(number))
+
+
 @pytest.mark.parametrize("length", [0, 1, 31, 2**23 + 1, 2**31, 2**63, 2**64 - 1])
 def test_a_header_of_a_wrong_length_is_refused(length: int) -> None:
     with pytest.raises(shira.AdapterFormatError, match="header"):

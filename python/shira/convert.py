@@ -101,8 +101,8 @@ def read(
     Args:
         path: a file, or a folder of PEFT.
         base: the model that it was made for; all formats but "shira" need it, for shapes, dtypes and what they leave
-            out. "peft-merged" needs a Hugging Face folder or the model itself, which is changed layer by layer and put
-            back.
+            out, and so does a file of "shira" without indices. "peft-merged" needs a Hugging Face folder or the model
+            itself, which is changed layer by layer and put back.
         top: with "peft-merged", of each weight keep only the largest changes, so many that they are at most this share
             of its entries. Without it every entry that the merge changes is kept, which is most of them.
         trust_base: the base given is the one that the adapter was made for: take its entries' checksum. Formats other
@@ -130,7 +130,7 @@ def read(
     if top is not None and form != "peft-merged":
         raise ValueError(f"{path}: `top` is for adapters that are merged, and this one is sparse already ({form})")
     if form == "shira":
-        return Adapter.load(path)
+        return Adapter.load(path, base=base)
     if base is None:
         raise ValueError(f"{path}: the format {form} does not tell the shapes and types of the weights: give `base`")
     folder = path if path.is_dir() else path.parent
@@ -152,6 +152,7 @@ def write(
     form: str = "shira",
     base: Base | None = None,
     *,
+    indices: bool = True,
     overwrite: bool = False,
     force_base: bool = False,
 ) -> None:
@@ -165,12 +166,14 @@ def write(
             "patch" holds the new values.
         base: the model that the adapter was made for; kind "replace" needs it to become "peft-shira", kind "add" to
             become a "patch".
+        indices: False leaves the indices of a "shira" file out, as in `Adapter.save`, which needs `base`.
         overwrite: replace a file, or a folder if it holds no other files than will be written.
         force_base: take the base also if the adapter was made for another one.
 
     Raises:
         ValueError: naming the path or tensor: `path` is there, an unknown format, no base where one is needed, or
-            another one than the adapter was made for, a tensor that the format cannot hold.
+            another one than the adapter was made for, a tensor that the format cannot hold, indices that cannot be left
+            out.
         OSError: something cannot be read or written.
 
     Warns:
@@ -182,8 +185,10 @@ def write(
     check_free(path, overwrite)
     if path.is_dir() and form != "peft-shira":
         raise ValueError(f"{path}: the format {form} is a file, and there is a folder")
+    if not indices and form != "shira":
+        raise ValueError(f"indices can be left out of a file of the format shira only, not of {form}")
     if form == "shira":
-        adapter.save(path)
+        adapter.save(path, indices=indices, base=base)
     elif form == "peft-shira":
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: the format {form} is a folder, and there is a file")
