@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from oracle import bits
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import shira
-from shira import adapter_file, convert, merge
+from shira import adapter_file, cli, convert, merge
 from shira.interference_report import run_report
 from shira.latency import run_bench
 
@@ -244,3 +246,92 @@ def test_one_tensor_of_the_base_is_in_memory_at_a_time(folder: Path) -> None:
         gc.enable()
     assert base.most == 1
     assert Path("again").read_bytes() == Path("a-bare").read_bytes()
+
+
+class Run:
+    """`shira` in this process, with the arguments of a command line."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, line: str) -> tuple[int, str, str]:
+        self.monkeypatch.setattr("sys.argv", ["shira", *line.split()])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert isinstance(stopped.value.code, int)
+        out, error = self.capsys.readouterr()
+        return stopped.value.code, out, error
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(monkeypatch, capsys)
+
+
+def test_convert_leaves_indices_out_and_puts_them_back(folder: Path, run: Run) -> None:
+    code, out, error = run("convert a --no-indices --base base -o bare --json")
+    assert (code, error) == (0, "")
+    assert Path("bare").read_bytes() == Path("a-bare").read_bytes()
+    facts = json.loads(out)
+    assert facts["bytes"] == Path("bare").stat().st_size
+    with safe_open("bare", framework="pt") as file:
+        assert not [name for name in file.keys() if name.endswith(".indices")]  # noqa: SIM118 - it is no mapping
+    assert run("convert bare --base base -o whole")[0] == 0
+    assert Path("whole").read_bytes() == Path("a").read_bytes()
+
+
+def test_commands_take_them(wm: Path, run: Run) -> None:
+    for file in ("a", "a-bare"):
+        for line in (
+            f"apply base {file} b -o {file}.applied",
+            f"fuse {file} b --base base -o {file}.fused",
+            f"convert {file} --base base --to patch -o {file}.patch",
+            f"report {file} b --base base -o {file}.report",
+            f"bench {file} b --base base --seconds 0",
+        ):
+            code, _, error = run(line)
+            assert (code, error) == (0, "")
+    assert Path("a-bare.applied").read_bytes() == Path("a.applied").read_bytes()
+    assert Path("a-bare.patch").read_bytes() == Path("a.patch").read_bytes()
+    assert_same(shira.Adapter.load("a-bare.fused"), shira.Adapter.load("a.fused"))
+
+
+def test_info_needs_no_base(wm: Path, run: Run) -> None:
+    code, out, error = run("info a-bare")
+    assert (code, error) == (0, "")
+    assert "48 entries in 2 tensors" in out
+    assert "no indices: they are recomputed from the base" in out
+    bare, whole = (json.loads(run(f"info {file} --json")[1]) for file in ("a-bare", "a"))
+    assert (bare.pop("indices"), whole.pop("indices")) == ("recomputed", "stored")
+    assert bare.pop("bytes") < whole.pop("bytes")
+    assert {**bare, "file": "a"} == whole
+    assert "the one that the adapter was made for" in run("info a-bare --base base")[1]
+    code, out, error = run("info a-bare --base other")
+    assert (code, error) == (0, "")
+    assert "another base: a-bare: " in out
+
+
+BAD = {
+    "convert a --no-indices -o new": "shira: indices that are left out are recomputed from the base: give --base",
+    "convert a --no-indices --base other -o new": "'layers.0.q.weight': its indices are not those that the config",
+    "convert a --no-indices --base base --to patch -o new": "indices can be left out of a file of the format shira",
+    "convert a-bare -o new": "a-bare: indices that are left out are recomputed from the base: give --base",
+    "convert a-bare --base other -o new": f"a-bare: 'layers.0.q.weight': {OTHER_BASE}",
+    "apply other a-bare -o new": f"a-bare: 'layers.0.q.weight': {OTHER_BASE}",
+    "fuse a-bare -o new": "a-bare: indices that are left out are recomputed from the base: give --base",
+    "fuse a-bare b --base other -o new": f"a-bare: 'layers.0.q.weight': {OTHER_BASE}",
+    "report a-bare b -o new": "a-bare: indices that are left out are recomputed from the base: give --base",
+    "bench a-bare --base other": f"a-bare: 'layers.0.q.weight': {OTHER_BASE}",
+    "bench a-bare": "adapters need the base that they were made for, --base",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(wm: Path, run: Run, line: str) -> None:
+    before = sorted(wm.rglob("*"))
+    code, out, error = run(line)
+    assert (code, out) == (2, "")
+    assert error.startswith("shira: ")
+    assert error.count("\n") == 1
+    assert BAD[line] in error
+    assert sorted(wm.rglob("*")) == before
