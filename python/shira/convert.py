@@ -12,9 +12,12 @@ alone.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import os
+import re
 import textwrap
 import warnings
 from collections import Counter
@@ -58,7 +61,7 @@ def format_of(path: str | os.PathLike[str]) -> str:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    if (path.is_dir() or path.name == _WEIGHTS) and (folder / _CONFIG).exists():
+    if (path.is_dir() or path.name in (_CONFIG, _WEIGHTS)) and (folder / _CONFIG).exists():
         if not (folder / _WEIGHTS).exists():
             pickle = f"; {_PICKLE} is a pickle, which is never read: save the adapter again with PEFT as safetensors"
             raise ValueError(f"{folder}: there is no {_WEIGHTS}{pickle if (folder / _PICKLE).exists() else ''}")
@@ -237,13 +240,20 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _peft_config(folder: Path) -> dict[str, Any]:
+    config = _json_object(folder / _CONFIG)
+    if not isinstance(config.get("peft_type"), str):
+        raise ValueError(f'{folder / _CONFIG}: it must have "peft_type", a string')
+    return config
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / _CONFIG).read_bytes())
-        if not isinstance(config["peft_type"], str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f'{folder / _CONFIG}: it must be JSON with "peft_type"') from None
-    return dict(config)
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: it must be JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: it must be a JSON object")
+    return found
 
 
 def _modules(folder: Path, fields: tuple[str, ...], optional: str = "") -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -355,10 +365,12 @@ def _merged(
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with _peft_errors(folder):
+    if (kind := _peft_config(folder)["peft_type"]) not in peft.PeftType.__members__:
+        raise ValueError(f"{folder / _CONFIG}: peft_type {kind!r} is none that PEFT {peft.__version__} has")
+    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
         config = peft.PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
-        raise ValueError(f"{folder}: an adapter of type {config.peft_type} changes no weights and cannot be merged")
+        raise ValueError(f"{folder}: an adapter of type {kind} changes no weights and cannot be merged")
     model = base if isinstance(base, nn.Module) else _model(base, config.task_type)
     stored = None if isinstance(base, nn.Module) else {canonical(name) for name in open_tensors(base)}
     names = first_names(model)
@@ -383,10 +395,15 @@ def _merged(
     users = Counter(names[parameter] for _, parameter in model.named_parameters(remove_duplicate=False))
     merged: set[str] = set()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _peft_errors(folder):
-        tuned = peft.PeftModel.from_pretrained(model, folder)
-    layers = [(name, layer) for name, layer in tuned.named_modules() if isinstance(layer, BaseTunerLayer)]
+    # PEFT puts its layers into other modules than the model's, around the same parameters.
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     try:
+        with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
+            tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model, shared), folder)
+            # It does not say which tensors it missed, or had no place for; loading the file once more does.
+            keys = tuned.load_adapter(folder, "default")
+        layers = [(name, layer) for name, layer in tuned.named_modules() if isinstance(layer, BaseTunerLayer)]
+        _check_all_loaded(folder / _WEIGHTS, tuned, keys.missing_keys, keys.unexpected_keys)
         for name, key in whole.items():
             weights[name].data.copy_(before[name])
             compare(name, before[name], file[key])
@@ -399,10 +416,10 @@ def _merged(
                 users[names[parameter]] -= 1
                 merged.add(names[parameter])
     finally:
-        if model is base:
-            tuned.unload()
-            for parameter in trained:
-                parameter.requires_grad_(True)
+        for name in whole:
+            weights[name].data.copy_(before[name])
+        for parameter in trained:
+            parameter.requires_grad_(True)
     tied = [name for name in parts if name in merged and users[name] > 0]
     if tied:
         warnings.warn(
@@ -415,13 +432,35 @@ def _merged(
 
 
 @contextmanager
-def _peft_errors(folder: Path) -> Iterator[None]:
-    """What PEFT raises for a wrong config, or weights of other shapes, as ValueError."""
+def _as_value_errors(what: str) -> Iterator[None]:
+    """What PEFT and transformers raise for wrong configs and files, which they hardly check: ValueErrors, of a line."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        text = textwrap.shorten(str(error), 240, placeholder=" ...")
-        raise ValueError(f"{folder}: PEFT cannot load this adapter: {type(error).__name__}: {text}") from None
+    except (
+        ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError, RuntimeError, ImportError,
+        re.error, SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        text = textwrap.shorten(f"{type(error).__name__}: {error}", 280, placeholder=" ...")
+        raise ValueError(f"{what}: {text.removesuffix(':')}") from None
+
+
+def _check_all_loaded(file: Path, tuned: Any, missing: list[str], unexpected: list[str]) -> None:
+    """PEFT leaves what a file lacks as it began, mostly without effect, and drops what it has no place for."""
+    places = {name: parameter.data_ptr() for name, parameter in tuned.named_parameters(remove_duplicate=False)}
+    # One that layers share is in the file once.
+    found = {address for name, address in places.items() if name not in missing}
+    model = type(tuned.get_base_model()).__name__
+    if lacking := [name for name in missing if places.get(name) not in found]:
+        raise ValueError(f"{file}: it lacks {lacking[0]}{_and_more(lacking)}, which the adapter has in a {model}")
+    if unexpected:
+        raise ValueError(f"{file}: PEFT finds no place in a {model} for {unexpected[0]}{_and_more(unexpected)}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _same(one: AdapterTensor, other: AdapterTensor) -> bool:
@@ -432,37 +471,64 @@ def _merged_layer(folder: Path, name: str, layer: Any) -> list[tuple[nn.Paramete
     """The weights of a layer, which hold what they did before, and what they are when the adapter is merged."""
     own = layer.get_base_layer()
     parameters = dict(own.named_parameters(recurse=False))
-    old = {field: parameter.detach().clone() for field, parameter in parameters.items()}
+    held = [(parameter, parameter.data, parameter.detach().clone()) for parameter in parameters.values()]
     try:
-        layer.merge()
-    except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{folder}: PEFT cannot merge {name}: {error}") from None
-    after = dict(own.named_parameters(recurse=False))
-    if layer.get_base_layer() is not own or any(after.get(field) is not parameters[field] for field in parameters):
-        raise ValueError(f"{folder}: merging {name} gives other parameters, not other values of them")
-    merged = [(parameter, parameter.detach()) for parameter in parameters.values()]
-    for field, parameter in parameters.items():
-        parameter.data = old[field]
-    layer.merged_adapters.clear()
-    return merged
+        with _as_value_errors(f"{folder}: PEFT cannot merge {name}"):
+            layer.merge()
+        after = dict(own.named_parameters(recurse=False))
+        if layer.get_base_layer() is not own or any(after.get(field) is not parameters[field] for field in parameters):
+            raise ValueError(f"{folder}: merging {name} gives other parameters, not other values of them")
+        return [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+    finally:
+        for parameter, memory, old in held:
+            parameter.data = memory.copy_(old)
 
 
 def _model(base: Base, task: str | None) -> nn.Module:
     """The base as a model of transformers, on the CPU and in its own dtype."""
     import transformers
 
-    if not isinstance(base, (str, os.PathLike)) or not (Path(base) / "config.json").exists():
-        raise ValueError("to merge a PEFT adapter the base must be a Hugging Face folder with config.json, or a model")
-    name = _CLASSES.get(task or "")
-    if name is None:
-        named = json.loads((Path(base) / "config.json").read_bytes()).get("architectures") or ["AutoModel"]
-        name = named[0]
-    if not hasattr(transformers, name):
-        raise ValueError(f"{base}: transformers has no class {name}")
-    model: nn.Module = getattr(transformers, name).from_pretrained(
-        base, dtype="auto", use_safetensors=True, local_files_only=True
-    )
+    needed = "to merge a PEFT adapter the base must be a Hugging Face folder with config.json, or a model"
+    if not isinstance(base, (str, os.PathLike)):
+        raise ValueError(f"{needed}, got {type(base).__name__}")
+    os.stat(base)  # for the usual OSError, with errno and path
+    path = Path(base) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{base}: {needed}")
+    config = _json_object(path)
+    if task in _CLASSES:
+        found = getattr(transformers, _CLASSES[task])
+    else:
+        found = _named_class(path, config.get("architectures"))
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # it has a long report, also of what is not used
+    try:
+        with _as_value_errors(f"{base}: transformers cannot load this model as {found.__name__}"):
+            model: nn.Module
+            model, report = found.from_pretrained(
+                base, dtype="auto", use_safetensors=True, local_files_only=True,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    for name, *shapes in sorted(report["mismatched_keys"]):
+        stored, wanted = map(tuple, shapes)
+        raise ValueError(f"{base}: {name} is {stored} in the file, but {wanted} by config.json")
     return model
+
+
+def _named_class(path: Path, architectures: Any) -> Any:
+    """The first of a config's architectures, a class of transformers; AutoModel if it names none."""
+    import transformers
+
+    if not architectures:
+        return transformers.AutoModel
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise ValueError(f'{path}: "architectures" must be a list of names')
+    found = getattr(transformers, architectures[0], None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {architectures[0]!r}")
+    return found
 
 
 def _write_peft_shira(adapter: Adapter, path: Path, base: Base | None, force: bool) -> None:
