@@ -68,7 +68,7 @@ def encode(lists: Lists) -> list[torch.Tensor]:
 
 def decode(codes: list[torch.Tensor], lists: Lists) -> list[torch.Tensor]:
     return [
-        torch.ops.shira.decode_indices(code, len(indices), numel)
+        torch.ops.shira.decode_indices(code, indices.numel(), numel)
         for code, (indices, numel) in zip(codes, lists, strict=True)
     ]
 
