@@ -506,6 +506,27 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             {f"{Q}.shira_weight": torch.zeros(3), f"{Q}.shira_indices": torch.tensor([[1, 2], [3, 3]]).int()},
             "q_proj.weight: there are 2 indices, but values of shape",
         ),
+        (
+            {f"{Q}.shira_weight": torch.zeros(1), f"{Q}.shira_indices": torch.tensor([[0.5], [3.0]])},
+            "q_proj.weight: positions must be whole numbers",
+        ),
+        (
+            {
+                f"{prefix}model.layers.0.self_attn.q_proj.{field}": array
+                for prefix in ("", "base_model.model.")
+                for field, array in (("shira_weight", torch.zeros(1)), ("shira_indices", torch.zeros(2, 1).int()))
+            },
+            r"adapter_model\.safetensors: it has the tensor 'model.layers.0.self_attn.q_proj.weight' twice",
+        ),
+        (
+            {
+                f"{Q}.shira_weight": torch.ones(1),
+                f"{Q}.shira_indices": torch.zeros(2, 1).int(),
+                f"{Q}.weight": torch.ones(32, 32),
+            },
+            r"adapter_model\.safetensors: it has the tensor 'model.layers.0.self_attn.q_proj.weight' twice",
+        ),
+        ({}, r"adapter_model\.safetensors: it has no tensors"),
         ({"other.shira_weight": torch.zeros(1), "other.shira_indices": torch.zeros(2, 1).int()}, "base has no tensor"),
         ({"base_model.model.score.weight": torch.zeros(2, 2)}, "score.weight: the base has no tensor"),
     ],
@@ -520,6 +541,8 @@ def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     good = adapter[name]
     values, indices = f"{Q}.supertuning_values", f"{Q}.supertuning_indices"
     for config, arrays, message in (
+        ({}, {}, "it has no tensors"),
+        ({}, {values: torch.zeros(1), indices: torch.tensor([1.5])}, "positions must be whole numbers"),
         ({}, {values: torch.zeros(5)}, "has no sparsity"),
         ({"sparsity": 0.99}, {values: torch.zeros(5)}, "gives 10 positions, but there are 5 values"),
         ({}, {values: torch.zeros(1), indices: torch.tensor([1024]).int()}, r"indices must lie in \[0, 1024\)"),

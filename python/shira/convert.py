@@ -221,7 +221,7 @@ class _Weights:
         self, name: str, weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, kind: str
     ) -> AdapterTensor:
         """From positions in any order; that there are no others, and none twice, is left to Adapter to check."""
-        indices, order = indices.reshape(-1).long().sort()
+        indices, order = _whole(name, indices).reshape(-1).sort()
         if values.shape != order.shape:
             raise ValueError(f"{name}: there are {order.numel()} indices, but values of shape {list(values.shape)}")
         if indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < weight.numel():
@@ -266,27 +266,43 @@ def _modules(folder: Path, fields: tuple[str, ...], optional: str = "") -> tuple
             modules.setdefault(module, {})[field] = name
         else:
             others.append(name)
+    if not modules and not others:
+        raise ValueError(f"{folder / _WEIGHTS}: it has no tensors")
     for module, found in modules.items():
         if missing := [field for field in fields if field not in found and field != optional]:
             raise ValueError(f"{folder / _WEIGHTS}: {module} has no {missing[0]}")
     return modules, others
 
 
-def _saved_modules(tensors: TensorFolder, names: list[str], weights: _Weights) -> dict[str, AdapterTensor]:
-    """What PEFT's `modules_to_save` hold, as differences from the base."""
-    parts = {}
+def _add_saved_modules(
+    parts: dict[str, AdapterTensor], path: Path, tensors: TensorFolder, names: list[str], weights: _Weights
+) -> dict[str, AdapterTensor]:
+    """And what PEFT's `modules_to_save` hold, as differences from the base."""
     for name in names:
         own = canonical(name)
         part, _ = changes(own, weights[own], tensors[name], None)
         if part is not None:
-            parts[own] = part
+            _put(path, parts, own, part)
     return parts
+
+
+def _whole(name: str, positions: torch.Tensor) -> torch.Tensor:
+    """As int64. Refuses with ValueError what is no whole number."""
+    if not torch.equal(positions.long().to(positions.dtype), positions):
+        raise ValueError(f"{name}: positions must be whole numbers")
+    return positions.long()
+
+
+def _put(path: Path, parts: dict[str, AdapterTensor], name: str, part: AdapterTensor) -> None:
+    if name in parts:
+        raise ValueError(f"{path}: it has the tensor {name!r} twice")
+    parts[name] = part
 
 
 def _peft_shira(folder: Path, weights: _Weights, progress: Progress) -> dict[str, AdapterTensor]:
     tensors = TensorFolder(folder / _WEIGHTS)
     modules, others = _modules(folder, ("shira_weight", "shira_indices"))
-    parts = {}
+    parts: dict[str, AdapterTensor] = {}
     for done, (module, fields) in enumerate(modules.items()):
         name = canonical(f"{module}.weight")
         progress(done, len(modules), name)
@@ -294,20 +310,22 @@ def _peft_shira(folder: Path, weights: _Weights, progress: Progress) -> dict[str
         places = tensors[fields["shira_indices"]]
         if weight.dim() != 2 or places.dim() != 2 or places.shape[0] != 2:
             raise ValueError(f"{name}: rows and columns must be [2, nnz] for a matrix, got {list(places.shape)}")
-        rows, columns = places.long()  # float32 in files that were written on Windows
+        rows, columns = _whole(name, places)  # float32 in files that were written on Windows
         if rows.numel() and not (
             0 <= int(rows.min()) <= int(rows.max()) < weight.shape[0]
             and 0 <= int(columns.min()) <= int(columns.max()) < weight.shape[1]
         ):
             raise ValueError(f"{name}: rows and columns must lie in the weight, {tuple(weight.shape)}")
-        parts[name] = weights.part(name, weight, rows * weight.shape[1] + columns, values.float(), "add")
-    return {**parts, **_saved_modules(tensors, others, weights)}
+        part = weights.part(name, weight, rows * weight.shape[1] + columns, values.float(), "add")
+        _put(folder / _WEIGHTS, parts, name, part)
+    return _add_saved_modules(parts, folder / _WEIGHTS, tensors, others, weights)
 
 
 def _peft_supertuning(folder: Path, weights: _Weights, progress: Progress) -> dict[str, AdapterTensor]:
     config, tensors = _peft_config(folder), TensorFolder(folder / _WEIGHTS)
     modules, others = _modules(folder, ("supertuning_values", "supertuning_indices"), "supertuning_indices")
-    parts, recomputed = {}, 0
+    parts: dict[str, AdapterTensor] = {}
+    recomputed = 0
     for done, (module, fields) in enumerate(modules.items()):
         name = canonical(f"{module}.weight")
         progress(done, len(modules), name)
@@ -319,14 +337,14 @@ def _peft_supertuning(folder: Path, weights: _Weights, progress: Progress) -> di
         else:
             indices = _supertuning_indices(name, weight, config, values.numel())
             recomputed += 1
-        parts[name] = weights.part(name, weight, indices, values, "add")
+        _put(folder / _WEIGHTS, parts, name, weights.part(name, weight, indices, values, "add"))
     if recomputed:
         warnings.warn(
             f"{folder}: the positions of {recomputed} weights are not in the file and were found anew from the base's "
             "magnitudes; with another base, or where magnitudes are equal, they may be others than in training",
             stacklevel=4,
         )
-    return {**parts, **_saved_modules(tensors, others, weights)}
+    return _add_saved_modules(parts, folder / _WEIGHTS, tensors, others, weights)
 
 
 def _supertuning_indices(name: str, weight: torch.Tensor, config: Mapping[str, Any], count: int) -> torch.Tensor:
@@ -347,14 +365,12 @@ def _patch(path: Path, weights: _Weights, progress: Progress) -> dict[str, Adapt
     for done, stem in enumerate(stems):
         name = canonical(stem)
         progress(done, len(stems), name)
-        if name in parts:
-            raise ValueError(f"{path}: it has the tensor {name!r} twice")
         indices, values, weight = tensors[f"{stem}.indices"], tensors[f"{stem}.values"], weights[name]
         if indices.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{path}: {stem}.indices must be int32 or int64, got {indices.dtype}")
         if values.dtype != weight.dtype:
             raise ValueError(f"{path}: {stem}.values are {values.dtype}, but {weight.dtype} in the base")
-        parts[name] = weights.part(name, weight, indices, values, "replace")
+        _put(path, parts, name, weights.part(name, weight, indices, values, "replace"))
     return parts
 
 
