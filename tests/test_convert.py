@@ -213,8 +213,10 @@ def test_a_model_as_base_is_put_back(base: Path, tmp_path: Path) -> None:
     model.model.norm.weight.requires_grad_(False)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
     found = convert.read(tmp_path / "peft", model)
     assert any(name.endswith(".bias") for name in found)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

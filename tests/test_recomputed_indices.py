@@ -170,6 +170,9 @@ def test_another_base_is_refused(wm: Path, name: str) -> None:
     with pytest.raises(shira.AdapterFormatError, match=f"^a-bare: 'layers.0.q.weight': {OTHER_BASE}$"):
         wrong_calls()[name]()
     assert not Path("out").exists()
+    Path("text").write_text("hello")
+    with pytest.raises(ValueError, match=r"^text: not a whole safetensors file"):
+        merge.fit_of("a-bare", "text")
     found = merge.fit_of("a-bare", "other")
     assert found.fits is False
     assert found.reason.startswith("another base: a-bare: ")

@@ -74,6 +74,7 @@ def fit_of(adapter: Adapter | str | os.PathLike[str], base: Base) -> Fit:
             (AdapterFormatError).
         OSError: something cannot be read.
     """
+    tensors = open_tensors(base)
     if not isinstance(adapter, Adapter):
         has_indices = describe(adapter)[1]
         try:
@@ -82,7 +83,6 @@ def fit_of(adapter: Adapter | str | os.PathLike[str], base: Base) -> Fit:
             if has_indices:
                 raise
             return Fit(False, f"another base: {error}")
-    tensors = open_tensors(base)
     own = {canonical(name): name for name in tensors}
     other, unknown = 0, 0
     for label, part in adapter.items():
