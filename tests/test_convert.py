@@ -191,6 +191,7 @@ MERGED = {
     "lora with trained tokens": lambda: peft.LoraConfig(
         r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 7]}
     ),
+    "layer norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
     "lora with saved modules": lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]),
 }
 

@@ -485,16 +485,15 @@ def _same(one: AdapterTensor, other: AdapterTensor) -> bool:
 
 def _merged_layer(folder: Path, name: str, layer: Any) -> list[tuple[nn.Parameter, torch.Tensor]]:
     """The weights of a layer, which hold what they did before, and what they are when the adapter is merged."""
-    own = layer.get_base_layer()
-    parameters = dict(own.named_parameters(recurse=False))
+    parameters = dict(layer.get_base_layer().named_parameters(recurse=False))
     held = [(parameter, parameter.data, parameter.detach().clone()) for parameter in parameters.values()]
     try:
         with _as_value_errors(f"{folder}: PEFT cannot merge {name}"):
             layer.merge()
-        after = dict(own.named_parameters(recurse=False))
-        if layer.get_base_layer() is not own or any(after.get(field) is not parameters[field] for field in parameters):
+        after = dict(layer.get_base_layer().named_parameters(recurse=False))  # of another layer, if PEFT exchanges it
+        if {f: p.shape for f, p in after.items()} != {f: p.shape for f, p in parameters.items()}:
             raise ValueError(f"{folder}: merging {name} gives other parameters, not other values of them")
-        return [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+        return [(parameter, after[field].detach().clone()) for field, parameter in parameters.items()]
     finally:
         for parameter, memory, old in held:
             parameter.data = memory.copy_(old)
