@@ -2,7 +2,8 @@
 
 Codes are of random entries, and of the mask wm of every linear layer of a pretrained encoder. "cumsum of 4-byte gaps"
 and "copy of 4-byte positions" read what takes 4 bytes an entry in a file; the copy does no work at all. Labels hold the
-bytes per entry.
+bytes per entry. A call is of one tensor: of the encoder's 37 small ones it is most of the time. Ops are called by their
+overload, which torch need not look for then.
 
 From a file to a model: `Adapter.load`, `ResidentAdapters.add` and `switch`, with all their checks, against
 `PeftModel.from_pretrained` of PEFT's SHiRA and LoRA, which hold equally many numbers and are not merged. Labels hold
@@ -63,14 +64,13 @@ def random_lists(density: float) -> Lists:
 
 
 def encode(lists: Lists) -> list[torch.Tensor]:
-    return [torch.ops.shira.encode_indices(indices, numel) for indices, numel in lists]
+    op = torch.ops.shira.encode_indices.default
+    return [op(indices, numel) for indices, numel in lists]
 
 
 def decode(codes: list[torch.Tensor], lists: Lists) -> list[torch.Tensor]:
-    return [
-        torch.ops.shira.decode_indices(code, len(indices), numel)
-        for code, (indices, numel) in zip(codes, lists, strict=True)
-    ]
+    op = torch.ops.shira.decode_indices.default
+    return [op(code, indices.numel(), numel) for code, (indices, numel) in zip(codes, lists, strict=True)]
 
 
 def check_codes(lists: Lists) -> None:

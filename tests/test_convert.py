@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -190,6 +191,7 @@ MERGED = {
     "lora with trained tokens": lambda: peft.LoraConfig(
         r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 7]}
     ),
+    "layer norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
     "lora with saved modules": lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]),
 }
 
@@ -212,11 +214,132 @@ def test_a_model_as_base_is_put_back(base: Path, tmp_path: Path) -> None:
     model.model.norm.weight.requires_grad_(False)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
     found = convert.read(tmp_path / "peft", model)
     assert any(name.endswith(".bias") for name in found)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+WRONG_BASES: dict[str, tuple[Any, str]] = {
+    "a list": ([1], r"config\.json: it must be a JSON object$"),
+    "bad JSON": ("{oops", r"config\.json: it must be JSON$"),
+    "nested deeply": ("[" * 100_000, r"config\.json: it must be JSON$"),
+    "no architectures": ({"architectures": []}, "it lacks .* and 11 more, which the adapter has in a LlamaModel$"),
+    "a name": ({"architectures": "LlamaForCausalLM"}, r'config\.json: "architectures" must be a list of names$'),
+    "a number": ({"architectures": [3]}, r'config\.json: "architectures" must be a list of names$'),
+    "an unknown class": ({"architectures": ["NoModel"]}, r"config\.json: transformers .* has no model class 'No"),
+    "a function": ({"architectures": ["pipeline"]}, r"config\.json: transformers .* has no model class 'pipeline'$"),
+    "a config": ({"architectures": ["LlamaConfig"]}, "has no model class 'LlamaConfig'$"),
+    "a module": ({"architectures": ["models"]}, "has no model class 'models'$"),
+    "another model": ({"architectures": ["ViTModel"]}, "it lacks .*, which the adapter has in a ViTModel$"),
+    "a wrong type": ({"hidden_size": "many"}, "transformers cannot load this model as LlamaForCausalLM: "),
+    "no heads": ({"num_attention_heads": 0}, "cannot load this model as LlamaForCausalLM: "),
+    "an unknown dtype": ({"dtype": "float99", "torch_dtype": "float99"}, "cannot load this model as Llama.*float99"),
+    "another size": ({"vocab_size": 60}, r"embed_tokens.weight is \(50, 32\) in the file, but \(60, 32\) by config"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of PEFT without a task type, so that the base's config names the class."""
+    folder = tmp_path_factory.mktemp("lora")
+    save_peft(base, MERGED["lora"](), folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG_BASES)
+def test_a_base_that_is_no_model_is_refused(base: Path, lora: Path, tmp_path: Path, case: str) -> None:
+    config, message = WRONG_BASES[case]
+    shutil.copytree(base, tmp_path / "wrong")
+    if isinstance(config, dict):
+        config = {**json.loads((base / "config.json").read_text()), **config}
+    (tmp_path / "wrong/config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(ValueError, match=message) as raised:
+        convert.read(lora, tmp_path / "wrong", top=0.1)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_base_that_is_not_there_or_not_whole(base: Path, lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none"):
+        convert.read(lora, tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="none"):
+        convert.read(lora, tmp_path / "none", top=0.1)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: to merge a PEFT adapter the base must be a Hugging Face"
+    ):
+        convert.read(lora, base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"with config\.json, or a model, got dict$"):
+        convert.read(lora, {})
+    shutil.copytree(base, tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-50])
+    with pytest.raises(ValueError, match="cut: transformers cannot load this model as LlamaForCausalLM: Safetensor"):
+        convert.read(lora, tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").unlink()
+    with pytest.raises(OSError, match="cut"):
+        convert.read(lora, tmp_path / "cut")
+
+
+WRONG_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown type": ({"peft_type": "NOPE"}, r"adapter_config\.json: peft_type 'NOPE' is none that PEFT .* has$"),
+    "a rank that is none": ({"r": "two"}, "PEFT cannot load this adapter: TypeError: "),
+    "a rank of 0": ({"r": 0}, "PEFT cannot load this adapter: ValueError: "),
+    "another rank": ({"r": 5}, "PEFT cannot load this adapter: RuntimeError: .*size mismatch"),
+    "a pattern that is none": ({"target_modules": "("}, "PEFT cannot load this adapter: "),
+    "no such layers": ({"target_modules": ["nothing"]}, "PEFT cannot load this adapter: .*nothing"),
+    "other layers": ({"target_modules": ["q_proj"]}, "PEFT finds no place in a LlamaForCausalLM for .* and 7 more$"),
+    "a part that is lacking": (
+        {"use_dora": True},
+        "it lacks .*magnitude.*, and 5 more, which the adapter has in a Llama",
+    ),
+    "a package that is lacking": ({"megatron_config": {"a": 1}}, "PEFT cannot load this adapter: .*No module named"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ADAPTERS)
+def test_an_adapter_that_peft_cannot_load_is_refused(base: Path, lora: Path, tmp_path: Path, case: str) -> None:
+    """In one line; and a model that was given as base is as it was."""
+    fields, message = WRONG_ADAPTERS[case]
+    shutil.copytree(lora, tmp_path / "wrong")
+    config = {**json.loads((lora / "adapter_config.json").read_text()), **fields}
+    (tmp_path / "wrong/adapter_config.json").write_text(json.dumps(config))
+    model = load(base)
+    modules = {name: type(module) for name, module in model.named_modules()}
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as raised:
+        convert.read(tmp_path / "wrong", model, top=0.1)
+    assert "\n" not in str(raised.value)
+    assert str(tmp_path / "wrong") in str(raised.value)
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == before[name][0]
+        assert torch.equal(bits(tensor), bits(before[name][1]))
+
+
+def test_an_adapter_that_peft_cannot_merge_is_refused(base: Path, tmp_path: Path) -> None:
+    """Half of a layer's merge is done then; the model has none of it."""
+    save_peft(base, peft.LoraConfig(r=2, target_modules=TARGETS, lora_bias=True), tmp_path / "peft")
+    model = load(base)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"peft: PEFT cannot merge .*down_proj: RuntimeError: .*has no bias"):
+        convert.read(tmp_path / "peft", model, top=0.1)
+    assert all(torch.equal(bits(tensor), bits(before[name])) for name, tensor in model.state_dict().items())
+
+
+def test_an_adapter_without_weights_is_refused(base: Path, lora: Path, tmp_path: Path) -> None:
+    """PEFT would load it as an adapter that does nothing, with a warning."""
+    shutil.copytree(lora, tmp_path / "empty")
+    arrays = load_file(lora / "adapter_model.safetensors")
+    for some in ({}, {key: array for key, array in arrays.items() if "lora_A" in key}):
+        save_file(some, tmp_path / "empty/adapter_model.safetensors")
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors: it lacks .*lora_"):
+            convert.read(tmp_path / "empty", base, top=0.1)
+    (tmp_path / "empty/adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"empty: there is no adapter_model\.safetensors$"):
+        convert.read(tmp_path / "empty", base, top=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:Model")
@@ -346,7 +469,7 @@ def test_what_is_no_adapter(base: Path, tmp_path: Path) -> None:
         "weights": "weights: no known adapter",
         "half": "half: no known adapter",
         "peft": "no adapter_model.safetensors; adapter_model.bin is a pickle, which is never read",
-        "broken": 'adapter_config.json: it must be JSON with "peft_type"',
+        "broken": "adapter_config.json: it must be JSON$",
         ".": "a folder without adapter_config.json holds no adapter",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -386,6 +509,27 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             {f"{Q}.shira_weight": torch.zeros(3), f"{Q}.shira_indices": torch.tensor([[1, 2], [3, 3]]).int()},
             "q_proj.weight: there are 2 indices, but values of shape",
         ),
+        (
+            {f"{Q}.shira_weight": torch.zeros(1), f"{Q}.shira_indices": torch.tensor([[0.5], [3.0]])},
+            "q_proj.weight: positions must be whole numbers",
+        ),
+        (
+            {
+                f"{prefix}model.layers.0.self_attn.q_proj.{field}": array
+                for prefix in ("", "base_model.model.")
+                for field, array in (("shira_weight", torch.zeros(1)), ("shira_indices", torch.zeros(2, 1).int()))
+            },
+            r"adapter_model\.safetensors: it has the tensor 'model.layers.0.self_attn.q_proj.weight' twice",
+        ),
+        (
+            {
+                f"{Q}.shira_weight": torch.ones(1),
+                f"{Q}.shira_indices": torch.zeros(2, 1).int(),
+                f"{Q}.weight": torch.ones(32, 32),
+            },
+            r"adapter_model\.safetensors: it has the tensor 'model.layers.0.self_attn.q_proj.weight' twice",
+        ),
+        ({}, r"adapter_model\.safetensors: it has no tensors"),
         ({"other.shira_weight": torch.zeros(1), "other.shira_indices": torch.zeros(2, 1).int()}, "base has no tensor"),
         ({"base_model.model.score.weight": torch.zeros(2, 2)}, "score.weight: the base has no tensor"),
     ],
@@ -400,6 +544,8 @@ def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     good = adapter[name]
     values, indices = f"{Q}.supertuning_values", f"{Q}.supertuning_indices"
     for config, arrays, message in (
+        ({}, {}, "it has no tensors"),
+        ({}, {values: torch.zeros(1), indices: torch.tensor([1.5])}, "positions must be whole numbers"),
         ({}, {values: torch.zeros(5)}, "has no sparsity"),
         ({"sparsity": 0.99}, {values: torch.zeros(5)}, "gives 10 positions, but there are 5 values"),
         ({}, {values: torch.zeros(1), indices: torch.tensor([1024]).int()}, r"indices must lie in \[0, 1024\)"),
@@ -409,7 +555,7 @@ def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     peft_files(tmp_path / "prompt", {"x": torch.zeros(2)}, "PROMPT_TUNING", num_virtual_tokens=2, task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="changes no weights and cannot be merged"):
         convert.read(tmp_path / "prompt", base)
-    with pytest.raises(ValueError, match="nope: PEFT cannot load this adapter"):
+    with pytest.raises(ValueError, match="peft_type 'NOPE' is none that PEFT"):
         convert.read(peft_files(tmp_path / "nope", {"x": torch.zeros(2)}, "NOPE"), base)
     wrong = {f"{Q}.lora_A.weight": torch.zeros(2, 7), f"{Q}.lora_B.weight": torch.zeros(32, 2)}
     with pytest.raises(ValueError, match=r"PEFT cannot load this adapter: RuntimeError.*size mismatch"):

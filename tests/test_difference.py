@@ -459,6 +459,29 @@ def test_an_adapter_without_a_checksum_says_so(tmp_path: Path) -> None:
         shira.merge_checkpoint(tmp_path / "base", [(unknown, 1.0)], tmp_path / "out")
 
 
+def test_whether_an_adapter_fits_a_base(tmp_path: Path) -> None:
+    base = make_state()
+    adapter = shira.diff(base, tuned_of(base))
+    folder = sharded(base, tmp_path / "base")
+    save_file(base, tmp_path / "file")
+    for where in (base, folder, tmp_path / "file", as_module(base)):
+        assert merge.fit_of(adapter, where) == merge.Fit(True, "the one that the adapter was made for")
+    *_, name = adapter
+    part = adapter[name]
+    unknown = AdapterTensor(part.indices, part.values, part.shape, part.dtype)
+    assert merge.fit_of(Adapter({**adapter, name: unknown}), base).fits is None
+    changed = {**base, name: base[name] * (1 + 2**-20)}
+    assert merge.fit_of(adapter, changed) == merge.Fit(
+        False, "another base: 1 of 4 tensors differ where the adapter changes them"
+    )
+    lacking = {key: tensor for key, tensor in base.items() if key != name}
+    assert merge.fit_of(adapter, lacking) == merge.Fit(False, f"another model: it has no tensor {name}")
+    for wrong, message in ((base[name].double(), "the adapter's dtype"), (base[name][1:], "the adapter's shape")):
+        found = merge.fit_of(adapter, {**base, name: wrong})
+        assert found.fits is False
+        assert found.reason.startswith(f"another model: {name}: {message}")
+
+
 def test_a_merge_holds_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was written is freed before the next is read, also while the garbage collector does not run."""
     base = make_state()

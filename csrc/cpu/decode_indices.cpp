@@ -73,8 +73,7 @@ Tensor decode_indices(const Tensor& code_tensor, int64_t nnz, int64_t numel) {
 
   const CpuKernels& kernels = cpu_kernels();
   const bool wide = numel >= (int64_t{1} << 31);
-  Tensor indices = torch::stable::new_empty(
-      code_tensor, {nnz}, wide ? torch::headeronly::ScalarType::Long : torch::headeronly::ScalarType::Int);
+  Tensor indices = empty_vector(nnz, wide ? aoti_torch_dtype_int64() : aoti_torch_dtype_int32());
   count_call(kernels);
   auto* out = static_cast<char*>(indices.data_ptr());
   const auto decode = [&](int64_t block) {

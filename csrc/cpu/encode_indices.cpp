@@ -53,7 +53,7 @@ Tensor encode_indices(const Tensor& indices, int64_t numel) {
   for (int64_t block = 0; block < blocks; ++block) escapes[block + 1] += escapes[block];
 
   const int64_t table = table_bytes(nnz);
-  Tensor code = torch::stable::new_empty(indices, {table + nnz + escapes[blocks]}, torch::headeronly::ScalarType::Byte);
+  Tensor code = empty_vector(table + nnz + escapes[blocks], aoti_torch_dtype_uint8());
   count_call(kernels);
   auto* out = static_cast<uint8_t*>(code.data_ptr());
   over_blocks(nnz, [&](int64_t block) {

@@ -111,11 +111,12 @@ class Adapter(Mapping[str, AdapterTensor]):
             indices: False leaves the indices out, which takes a third off a bfloat16 adapter's size, where its config
                 chooses them again in the base: masks wm, small, struct and rand. Loading then needs the base.
             base: what the adapter was made for, to see that this holds: a model whose weights hold it now, a state
-                dict, or the path of a safetensors file or of a folder of them. Not used with indices.
+                dict, or the path of a safetensors file or of a folder of them, read a tensor at a time. Not used with
+                indices.
 
         Raises:
             ValueError: a name is no name of a state dict (printable parts between dots, without slashes, of at most 512
-                characters); the indices cannot be recomputed, or no base is given for it.
+                characters); the indices cannot be recomputed, no base is given for it, or another one.
             OSError: the file cannot be written.
         """
         adapter_file.save(self, path, indices, base)
@@ -181,7 +182,7 @@ def _check(name: str, tensor: AdapterTensor) -> None:
         refuse("values", f"must be {tensor.dtype}{or_more} in kind {tensor.kind!r}, got {values.dtype}")
     if values.shape != indices.shape:
         refuse("values", f"must be one per index, [{indices.numel()}], got {list(values.shape)}")
-    if not indices.numel():
+    if not indices.numel() or indices.is_meta:  # of a file's description, which has no entries
         return
     if not bool((indices[1:] > indices[:-1]).all()):
         refuse("indices", "must be sorted and unique")

@@ -189,6 +189,37 @@ def loads(data: bytes, base: Base | None = None) -> Adapter:
         raise AdapterFormatError(_one_line(error)) from None
 
 
+def describe(path: str | os.PathLike[str]) -> tuple[Adapter, bool]:
+    """What a file's header says, as an adapter of tensors on the meta device, and whether the file has indices.
+
+    Only the header is read and checked. Raises AdapterFormatError or OSError.
+    """
+    from shira.adapter import Adapter, AdapterTensor
+
+    def meta(nnz: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(nnz, dtype=dtype, device="meta")
+
+    with open(path, "rb", buffering=0) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            header = _read_header(file, size)
+            parts, config, provenance, form = _parse(header, size - len(header))
+        except ValueError as error:
+            raise AdapterFormatError(f"{os.fspath(path)}: {_one_line(error)}") from None
+    tensors = {
+        part.name: AdapterTensor(
+            meta(part.nnz, torch.int32 if part.numel < 2**31 else torch.int64),
+            meta(part.nnz, part.values_dtype),
+            part.shape,
+            part.dtype,
+            part.kind,
+            part.base,
+        )
+        for part in parts
+    }
+    return Adapter(tensors, config, provenance), form == _STORED
+
+
 def _load(file: BinaryIO, size: int, base: Base | None) -> Adapter:
     from shira.adapter import Adapter, AdapterTensor
 
@@ -218,7 +249,9 @@ def _load(file: BinaryIO, size: int, base: Base | None) -> Adapter:
         bits = as_bits(data[slice(*part.values)].view(part.values_dtype))
         values = _little_endian(bits).view(part.values_dtype)
         tensors[part.name] = AdapterTensor(indices, values, part.shape, part.dtype, part.kind, part.base)
-    return Adapter(tensors, config=config, provenance=provenance)
+    adapter = Adapter(tensors, config)
+    adapter.provenance = provenance  # which was just parsed, so it need not be copied and checked again
+    return adapter
 
 
 def _read_into(file: BinaryIO, view: memoryview) -> None:
@@ -397,7 +430,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _parsed(where: str, text: object) -> Any:
-    """JSON. Refuses repeated names and numbers that JSON does not have."""
+    """JSON. Refuses repeated names, and numbers that JSON or float64 does not have."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -408,10 +441,15 @@ def _parsed(where: str, text: object) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")
 
+    def finite(digits: str) -> float:
+        if math.isinf(number := float(digits)):
+            raise ValueError(f"{_shown(digits)} is too large a number")
+        return number
+
     if not isinstance(text, (str, bytes)):
         raise ValueError(f"{where} must be JSON text, got {_shown(text)}")
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
     except ValueError as error:
@@ -449,11 +487,17 @@ def _config(fields: Any, newer: bool) -> ShiraConfig | None:
 
 
 def _check_recomputable(adapter: Adapter, base: Base | None) -> None:
-    """Refuses an adapter whose mask the base and the config do not give."""
+    """Refuses an adapter whose mask the base and the config do not give, or that was made for another base."""
+    from shira.attach import check_base
+    from shira.fusion import entries_of, opened
+
     parts = [(name, tensor.shape, tensor.dtype) for name, tensor in adapter.items()]
     for name, indices in _chosen(parts, adapter.config, base).items():
         if not torch.equal(indices.long(), adapter[name].indices.cpu().long()):
             raise ValueError(f"{name!r}: its indices are not those that the config chooses in this base")
+    with opened(base) as find:
+        for name, tensor in adapter.items():
+            check_base(name, tensor, entries_of(find(name)[1](), tensor.indices))  # type: ignore[misc]
 
 
 def _recompute(parts: list[_Part], config: ShiraConfig | None, base: Base | None) -> dict[str, torch.Tensor]:
@@ -465,9 +509,9 @@ def _recompute(parts: list[_Part], config: ShiraConfig | None, base: Base | None
 def _chosen(
     parts: list[tuple[str, tuple[int, ...], torch.dtype]], config: ShiraConfig | None, base: Base | None
 ) -> dict[str, torch.Tensor]:
-    """name -> the indices that the config chooses in the base, on the CPU."""
+    """name -> the indices that the config chooses in the base, on the CPU. One tensor of the base is read at a time."""
     from shira.fusion import opened
-    from shira.select import choose_entries
+    from shira.select import Selection
 
     if config is None or config.mask_name not in RECOMPUTABLE:
         raise ValueError(
@@ -478,15 +522,17 @@ def _chosen(
         raise ValueError("indices that are left out are recomputed from the base: give `base`")
     if parts and config.granularity > max(math.prod(shape) for _, shape, _ in parts):
         raise ValueError(f"config: granularity must not exceed the largest tensor, got {_shown(config.granularity)}")
-    weights = {}
-    with opened(base) as find:
-        for name, shape, dtype in parts:
-            weight = find(name)[1]()  # type: ignore[misc]
-            if tuple(weight.shape) != shape or weight.dtype != dtype:
-                found = f"{weight.dtype} {tuple(weight.shape)}"
-                raise ValueError(f"{name!r}: the adapter's tensor is {dtype} {shape}, the base's {found}")
-            weights[name] = weight.detach()
+    one = torch.empty((), device="meta")
     try:
-        return {name: indices.cpu() for name, indices in choose_entries(config, weights).items()}
+        selection = Selection(config, {name: one.expand(shape) for name, shape, _ in parts})
+        with opened(base) as find:
+            for name, shape, dtype in parts:
+                weight = find(name)[1]()  # type: ignore[misc]
+                if tuple(weight.shape) != shape or weight.dtype != dtype:
+                    found = f"{weight.dtype} {tuple(weight.shape)}"
+                    raise ValueError(f"{name}: the adapter's tensor is {dtype} {shape}, the base's {found}")
+                selection.add(name, None, weight)
+                del weight  # before the next is read
+        return {name: indices.cpu() for name, indices in selection.result().items()}
     except (ValueError, OverflowError) as error:
         raise ValueError(f"the mask cannot be recomputed: {error}") from None

@@ -63,15 +63,19 @@ def info(
     """
     with plainly():
         from shira import convert as formats
+        from shira.adapter_file import describe
+        from shira.merge import fit_of
 
         form = formats.format_of(file)
         if form == "peft-merged" or (form != "shira" and base is None):
             _info_of_arrays(file, form, json)
             return
-        adapter = formats.read(file, base)
+        has_indices = form != "shira" or describe(file)[1]
+        adapter = formats.read(file, base) if has_indices else describe(file)[0]
         facts = {"file": str(file), "format": form, "bytes": _size(file), **_facts(adapter)}
+        facts["indices"] = "stored" if has_indices else "recomputed"
         if base is not None:
-            facts["base"] = _belongs(adapter, base)
+            facts["base"] = fit_of(adapter if has_indices else file, base).reason
     if json:
         print_json(facts)
         return
@@ -79,6 +83,8 @@ def info(
     print(f"{file}: format {form}, {_summary(adapter)}, {_in_bytes(facts['bytes'])}")
     if adapter.nnz:
         print(f"{facts['bytes'] / adapter.nnz:.2f} bytes for each entry, all counted")
+    if not has_indices:
+        print("no indices: they are recomputed from the base, which commands take as --base")
     if adapter.config is not None:
         print(f"made with {adapter.config}")
     if adapter.provenance is not None:
@@ -227,6 +233,14 @@ def convert(
             "--trust-base", help="The adapter was made for this base: take its checksum where the format has none."
         ),
     ] = False,
+    indices: Annotated[
+        bool,
+        typer.Option(
+            "--indices/--no-indices",
+            help="A shira file may leave out indices that --base tells again: masks wm, small, struct and rand.",
+            show_default=False,
+        ),
+    ] = True,
     any_base: _AnyBase = False,
     force: _Force = False,
     json: Json = False,
@@ -239,6 +253,8 @@ def convert(
     Example: shira convert my-lora/ --base llama/ --top 0.02 -o my-lora.safetensors
 
     Example: shira convert blue.safetensors --base llama/ --to peft-shira -o blue-peft/
+
+    Example: shira convert blue.safetensors --base llama/ --no-indices -o blue-small.safetensors
     """
     with plainly():
         from shira import convert as formats
@@ -252,7 +268,7 @@ def convert(
         with _progress() as progress:
             adapter = formats.read(file, base, top=top, trust_base=trust_base, progress=progress)
             progress(1, 1, f"writing {output.name}")
-            formats.write(adapter, output, to, base, overwrite=force, force_base=any_base)
+            formats.write(adapter, output, to, base, indices=indices, overwrite=force, force_base=any_base)
     _report_written(adapter, output, json, {"from": form, "to": to})
 
 
@@ -357,34 +373,6 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "config": adapter.config and adapter.config.to_dict(),
         "provenance": adapter.provenance,
     }
-
-
-def _belongs(adapter: Adapter, base: Path) -> str:
-    """Whether an adapter was made for a base."""
-    from shira.adapter import checksum_of
-    from shira.attach import check_fits
-    from shira.checkpoint import open_tensors
-    from shira.fusion import entries_of
-    from shira.names import canonical
-
-    tensors = open_tensors(base)
-    own = {canonical(name): name for name in tensors}
-    other, unknown = [], 0
-    for label, part in adapter.items():
-        if canonical(label) not in own:
-            return f"another model: it has no tensor {label}"
-        weight = tensors[own[canonical(label)]]
-        try:
-            check_fits(label, part, weight)
-        except ValueError as error:
-            return f"another model: {error}"
-        if part.checksum is None:
-            unknown += 1
-        elif part.checksum != checksum_of(entries_of(weight, part.indices)):
-            other.append(label)
-    if other:
-        return f"another base: {len(other)} of {len(adapter)} tensors differ where the adapter changes them"
-    return "shapes and types fit, checksums are not known" if unknown else "the one that the adapter was made for"
 
 
 def _info_of_arrays(file: Path, form: str, json: bool) -> None:

@@ -12,9 +12,12 @@ alone.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import os
+import re
 import textwrap
 import warnings
 from collections import Counter
@@ -58,7 +61,7 @@ def format_of(path: str | os.PathLike[str]) -> str:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    if (path.is_dir() or path.name == _WEIGHTS) and (folder / _CONFIG).exists():
+    if (path.is_dir() or path.name in (_CONFIG, _WEIGHTS)) and (folder / _CONFIG).exists():
         if not (folder / _WEIGHTS).exists():
             pickle = f"; {_PICKLE} is a pickle, which is never read: save the adapter again with PEFT as safetensors"
             raise ValueError(f"{folder}: there is no {_WEIGHTS}{pickle if (folder / _PICKLE).exists() else ''}")
@@ -101,8 +104,8 @@ def read(
     Args:
         path: a file, or a folder of PEFT.
         base: the model that it was made for; all formats but "shira" need it, for shapes, dtypes and what they leave
-            out. "peft-merged" needs a Hugging Face folder or the model itself, which is changed layer by layer and put
-            back.
+            out, and so does a file of "shira" without indices. "peft-merged" needs a Hugging Face folder or the model
+            itself, which is changed layer by layer and put back.
         top: with "peft-merged", of each weight keep only the largest changes, so many that they are at most this share
             of its entries. Without it every entry that the merge changes is kept, which is most of them.
         trust_base: the base given is the one that the adapter was made for: take its entries' checksum. Formats other
@@ -130,7 +133,7 @@ def read(
     if top is not None and form != "peft-merged":
         raise ValueError(f"{path}: `top` is for adapters that are merged, and this one is sparse already ({form})")
     if form == "shira":
-        return Adapter.load(path)
+        return Adapter.load(path, base=base)
     if base is None:
         raise ValueError(f"{path}: the format {form} does not tell the shapes and types of the weights: give `base`")
     folder = path if path.is_dir() else path.parent
@@ -152,6 +155,7 @@ def write(
     form: str = "shira",
     base: Base | None = None,
     *,
+    indices: bool = True,
     overwrite: bool = False,
     force_base: bool = False,
 ) -> None:
@@ -165,12 +169,14 @@ def write(
             "patch" holds the new values.
         base: the model that the adapter was made for; kind "replace" needs it to become "peft-shira", kind "add" to
             become a "patch".
+        indices: False leaves the indices of a "shira" file out, as in `Adapter.save`, which needs `base`.
         overwrite: replace a file, or a folder if it holds no other files than will be written.
         force_base: take the base also if the adapter was made for another one.
 
     Raises:
         ValueError: naming the path or tensor: `path` is there, an unknown format, no base where one is needed, or
-            another one than the adapter was made for, a tensor that the format cannot hold.
+            another one than the adapter was made for, a tensor that the format cannot hold, indices that cannot be left
+            out.
         OSError: something cannot be read or written.
 
     Warns:
@@ -182,8 +188,10 @@ def write(
     check_free(path, overwrite)
     if path.is_dir() and form != "peft-shira":
         raise ValueError(f"{path}: the format {form} is a file, and there is a folder")
+    if not indices and form != "shira":
+        raise ValueError(f"indices can be left out of a file of the format shira only, not of {form}")
     if form == "shira":
-        adapter.save(path)
+        adapter.save(path, indices=indices, base=base)
     elif form == "peft-shira":
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: the format {form} is a folder, and there is a file")
@@ -213,7 +221,7 @@ class _Weights:
         self, name: str, weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, kind: str
     ) -> AdapterTensor:
         """From positions in any order; that there are no others, and none twice, is left to Adapter to check."""
-        indices, order = indices.reshape(-1).long().sort()
+        indices, order = _whole(name, indices).reshape(-1).sort()
         if values.shape != order.shape:
             raise ValueError(f"{name}: there are {order.numel()} indices, but values of shape {list(values.shape)}")
         if indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < weight.numel():
@@ -232,13 +240,20 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _peft_config(folder: Path) -> dict[str, Any]:
+    config = _json_object(folder / _CONFIG)
+    if not isinstance(config.get("peft_type"), str):
+        raise ValueError(f'{folder / _CONFIG}: it must have "peft_type", a string')
+    return config
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / _CONFIG).read_bytes())
-        if not isinstance(config["peft_type"], str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f'{folder / _CONFIG}: it must be JSON with "peft_type"') from None
-    return dict(config)
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: it must be JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: it must be a JSON object")
+    return found
 
 
 def _modules(folder: Path, fields: tuple[str, ...], optional: str = "") -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -251,27 +266,43 @@ def _modules(folder: Path, fields: tuple[str, ...], optional: str = "") -> tuple
             modules.setdefault(module, {})[field] = name
         else:
             others.append(name)
+    if not modules and not others:
+        raise ValueError(f"{folder / _WEIGHTS}: it has no tensors")
     for module, found in modules.items():
         if missing := [field for field in fields if field not in found and field != optional]:
             raise ValueError(f"{folder / _WEIGHTS}: {module} has no {missing[0]}")
     return modules, others
 
 
-def _saved_modules(tensors: TensorFolder, names: list[str], weights: _Weights) -> dict[str, AdapterTensor]:
-    """What PEFT's `modules_to_save` hold, as differences from the base."""
-    parts = {}
+def _add_saved_modules(
+    parts: dict[str, AdapterTensor], path: Path, tensors: TensorFolder, names: list[str], weights: _Weights
+) -> dict[str, AdapterTensor]:
+    """And what PEFT's `modules_to_save` hold, as differences from the base."""
     for name in names:
         own = canonical(name)
         part, _ = changes(own, weights[own], tensors[name], None)
         if part is not None:
-            parts[own] = part
+            _put(path, parts, own, part)
     return parts
+
+
+def _whole(name: str, positions: torch.Tensor) -> torch.Tensor:
+    """As int64. Refuses with ValueError what is no whole number."""
+    if not torch.equal(positions.long().to(positions.dtype), positions):
+        raise ValueError(f"{name}: positions must be whole numbers")
+    return positions.long()
+
+
+def _put(path: Path, parts: dict[str, AdapterTensor], name: str, part: AdapterTensor) -> None:
+    if name in parts:
+        raise ValueError(f"{path}: it has the tensor {name!r} twice")
+    parts[name] = part
 
 
 def _peft_shira(folder: Path, weights: _Weights, progress: Progress) -> dict[str, AdapterTensor]:
     tensors = TensorFolder(folder / _WEIGHTS)
     modules, others = _modules(folder, ("shira_weight", "shira_indices"))
-    parts = {}
+    parts: dict[str, AdapterTensor] = {}
     for done, (module, fields) in enumerate(modules.items()):
         name = canonical(f"{module}.weight")
         progress(done, len(modules), name)
@@ -279,20 +310,22 @@ def _peft_shira(folder: Path, weights: _Weights, progress: Progress) -> dict[str
         places = tensors[fields["shira_indices"]]
         if weight.dim() != 2 or places.dim() != 2 or places.shape[0] != 2:
             raise ValueError(f"{name}: rows and columns must be [2, nnz] for a matrix, got {list(places.shape)}")
-        rows, columns = places.long()  # float32 in files that were written on Windows
+        rows, columns = _whole(name, places)  # float32 in files that were written on Windows
         if rows.numel() and not (
             0 <= int(rows.min()) <= int(rows.max()) < weight.shape[0]
             and 0 <= int(columns.min()) <= int(columns.max()) < weight.shape[1]
         ):
             raise ValueError(f"{name}: rows and columns must lie in the weight, {tuple(weight.shape)}")
-        parts[name] = weights.part(name, weight, rows * weight.shape[1] + columns, values.float(), "add")
-    return {**parts, **_saved_modules(tensors, others, weights)}
+        part = weights.part(name, weight, rows * weight.shape[1] + columns, values.float(), "add")
+        _put(folder / _WEIGHTS, parts, name, part)
+    return _add_saved_modules(parts, folder / _WEIGHTS, tensors, others, weights)
 
 
 def _peft_supertuning(folder: Path, weights: _Weights, progress: Progress) -> dict[str, AdapterTensor]:
     config, tensors = _peft_config(folder), TensorFolder(folder / _WEIGHTS)
     modules, others = _modules(folder, ("supertuning_values", "supertuning_indices"), "supertuning_indices")
-    parts, recomputed = {}, 0
+    parts: dict[str, AdapterTensor] = {}
+    recomputed = 0
     for done, (module, fields) in enumerate(modules.items()):
         name = canonical(f"{module}.weight")
         progress(done, len(modules), name)
@@ -304,14 +337,14 @@ def _peft_supertuning(folder: Path, weights: _Weights, progress: Progress) -> di
         else:
             indices = _supertuning_indices(name, weight, config, values.numel())
             recomputed += 1
-        parts[name] = weights.part(name, weight, indices, values, "add")
+        _put(folder / _WEIGHTS, parts, name, weights.part(name, weight, indices, values, "add"))
     if recomputed:
         warnings.warn(
             f"{folder}: the positions of {recomputed} weights are not in the file and were found anew from the base's "
             "magnitudes; with another base, or where magnitudes are equal, they may be others than in training",
             stacklevel=4,
         )
-    return {**parts, **_saved_modules(tensors, others, weights)}
+    return _add_saved_modules(parts, folder / _WEIGHTS, tensors, others, weights)
 
 
 def _supertuning_indices(name: str, weight: torch.Tensor, config: Mapping[str, Any], count: int) -> torch.Tensor:
@@ -332,14 +365,12 @@ def _patch(path: Path, weights: _Weights, progress: Progress) -> dict[str, Adapt
     for done, stem in enumerate(stems):
         name = canonical(stem)
         progress(done, len(stems), name)
-        if name in parts:
-            raise ValueError(f"{path}: it has the tensor {name!r} twice")
         indices, values, weight = tensors[f"{stem}.indices"], tensors[f"{stem}.values"], weights[name]
         if indices.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{path}: {stem}.indices must be int32 or int64, got {indices.dtype}")
         if values.dtype != weight.dtype:
             raise ValueError(f"{path}: {stem}.values are {values.dtype}, but {weight.dtype} in the base")
-        parts[name] = weights.part(name, weight, indices, values, "replace")
+        _put(path, parts, name, weights.part(name, weight, indices, values, "replace"))
     return parts
 
 
@@ -350,10 +381,12 @@ def _merged(
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with _peft_errors(folder):
+    if (kind := _peft_config(folder)["peft_type"]) not in peft.PeftType.__members__:
+        raise ValueError(f"{folder / _CONFIG}: peft_type {kind!r} is none that PEFT {peft.__version__} has")
+    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
         config = peft.PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
-        raise ValueError(f"{folder}: an adapter of type {config.peft_type} changes no weights and cannot be merged")
+        raise ValueError(f"{folder}: an adapter of type {kind} changes no weights and cannot be merged")
     model = base if isinstance(base, nn.Module) else _model(base, config.task_type)
     stored = None if isinstance(base, nn.Module) else {canonical(name) for name in open_tensors(base)}
     names = first_names(model)
@@ -378,10 +411,15 @@ def _merged(
     users = Counter(names[parameter] for _, parameter in model.named_parameters(remove_duplicate=False))
     merged: set[str] = set()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _peft_errors(folder):
-        tuned = peft.PeftModel.from_pretrained(model, folder)
-    layers = [(name, layer) for name, layer in tuned.named_modules() if isinstance(layer, BaseTunerLayer)]
+    # PEFT puts its layers into other modules than the model's, around the same parameters.
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     try:
+        with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
+            tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model, shared), folder)
+            # It does not say which tensors it missed, or had no place for; loading the file once more does.
+            keys = tuned.load_adapter(folder, "default")
+        layers = [(name, layer) for name, layer in tuned.named_modules() if isinstance(layer, BaseTunerLayer)]
+        _check_all_loaded(folder / _WEIGHTS, tuned, keys.missing_keys, keys.unexpected_keys)
         for name, key in whole.items():
             weights[name].data.copy_(before[name])
             compare(name, before[name], file[key])
@@ -394,10 +432,10 @@ def _merged(
                 users[names[parameter]] -= 1
                 merged.add(names[parameter])
     finally:
-        if model is base:
-            tuned.unload()
-            for parameter in trained:
-                parameter.requires_grad_(True)
+        for name in whole:
+            weights[name].data.copy_(before[name])
+        for parameter in trained:
+            parameter.requires_grad_(True)
     tied = [name for name in parts if name in merged and users[name] > 0]
     if tied:
         warnings.warn(
@@ -410,13 +448,35 @@ def _merged(
 
 
 @contextmanager
-def _peft_errors(folder: Path) -> Iterator[None]:
-    """What PEFT raises for a wrong config, or weights of other shapes, as ValueError."""
+def _as_value_errors(what: str) -> Iterator[None]:
+    """What PEFT and transformers raise for wrong configs and files, which they hardly check: ValueErrors, of a line."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        text = textwrap.shorten(str(error), 240, placeholder=" ...")
-        raise ValueError(f"{folder}: PEFT cannot load this adapter: {type(error).__name__}: {text}") from None
+    except (
+        ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError, RuntimeError, ImportError,
+        re.error, SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        text = textwrap.shorten(f"{type(error).__name__}: {error}", 280, placeholder=" ...")
+        raise ValueError(f"{what}: {text.removesuffix(':')}") from None
+
+
+def _check_all_loaded(file: Path, tuned: Any, missing: list[str], unexpected: list[str]) -> None:
+    """PEFT leaves what a file lacks as it began, mostly without effect, and drops what it has no place for."""
+    places = {name: parameter.data_ptr() for name, parameter in tuned.named_parameters(remove_duplicate=False)}
+    # One that layers share is in the file once.
+    found = {address for name, address in places.items() if name not in missing}
+    model = type(tuned.get_base_model()).__name__
+    if lacking := [name for name in missing if places.get(name) not in found]:
+        raise ValueError(f"{file}: it lacks {lacking[0]}{_and_more(lacking)}, which the adapter has in a {model}")
+    if unexpected:
+        raise ValueError(f"{file}: PEFT finds no place in a {model} for {unexpected[0]}{_and_more(unexpected)}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _same(one: AdapterTensor, other: AdapterTensor) -> bool:
@@ -425,39 +485,65 @@ def _same(one: AdapterTensor, other: AdapterTensor) -> bool:
 
 def _merged_layer(folder: Path, name: str, layer: Any) -> list[tuple[nn.Parameter, torch.Tensor]]:
     """The weights of a layer, which hold what they did before, and what they are when the adapter is merged."""
-    own = layer.get_base_layer()
-    parameters = dict(own.named_parameters(recurse=False))
-    old = {field: parameter.detach().clone() for field, parameter in parameters.items()}
+    parameters = dict(layer.get_base_layer().named_parameters(recurse=False))
+    held = [(parameter, parameter.data, parameter.detach().clone()) for parameter in parameters.values()]
     try:
-        layer.merge()
-    except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{folder}: PEFT cannot merge {name}: {error}") from None
-    after = dict(own.named_parameters(recurse=False))
-    if layer.get_base_layer() is not own or any(after.get(field) is not parameters[field] for field in parameters):
-        raise ValueError(f"{folder}: merging {name} gives other parameters, not other values of them")
-    merged = [(parameter, parameter.detach()) for parameter in parameters.values()]
-    for field, parameter in parameters.items():
-        parameter.data = old[field]
-    layer.merged_adapters.clear()
-    return merged
+        with _as_value_errors(f"{folder}: PEFT cannot merge {name}"):
+            layer.merge()
+        after = dict(layer.get_base_layer().named_parameters(recurse=False))  # of another layer, if PEFT exchanges it
+        if {f: p.shape for f, p in after.items()} != {f: p.shape for f, p in parameters.items()}:
+            raise ValueError(f"{folder}: merging {name} gives other parameters, not other values of them")
+        return [(parameter, after[field].detach().clone()) for field, parameter in parameters.items()]
+    finally:
+        for parameter, memory, old in held:
+            parameter.data = memory.copy_(old)
 
 
 def _model(base: Base, task: str | None) -> nn.Module:
     """The base as a model of transformers, on the CPU and in its own dtype."""
     import transformers
 
-    if not isinstance(base, (str, os.PathLike)) or not (Path(base) / "config.json").exists():
-        raise ValueError("to merge a PEFT adapter the base must be a Hugging Face folder with config.json, or a model")
-    name = _CLASSES.get(task or "")
-    if name is None:
-        named = json.loads((Path(base) / "config.json").read_bytes()).get("architectures") or ["AutoModel"]
-        name = named[0]
-    if not hasattr(transformers, name):
-        raise ValueError(f"{base}: transformers has no class {name}")
-    model: nn.Module = getattr(transformers, name).from_pretrained(
-        base, dtype="auto", use_safetensors=True, local_files_only=True
-    )
+    needed = "to merge a PEFT adapter the base must be a Hugging Face folder with config.json, or a model"
+    if not isinstance(base, (str, os.PathLike)):
+        raise ValueError(f"{needed}, got {type(base).__name__}")
+    os.stat(base)  # for the usual OSError, with errno and path
+    path = Path(base) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{base}: {needed}")
+    config = _json_object(path)
+    if task in _CLASSES:
+        found = getattr(transformers, _CLASSES[task])
+    else:
+        found = _named_class(path, config.get("architectures"))
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # it has a long report, also of what is not used
+    try:
+        with _as_value_errors(f"{base}: transformers cannot load this model as {found.__name__}"):
+            model: nn.Module
+            model, report = found.from_pretrained(
+                base, dtype="auto", use_safetensors=True, local_files_only=True,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    for name, *shapes in sorted(report["mismatched_keys"]):
+        stored, wanted = map(tuple, shapes)
+        raise ValueError(f"{base}: {name} is {stored} in the file, but {wanted} by config.json")
     return model
+
+
+def _named_class(path: Path, architectures: Any) -> Any:
+    """The first of a config's architectures, a class of transformers; AutoModel if it names none."""
+    import transformers
+
+    if not architectures:
+        return transformers.AutoModel
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise ValueError(f'{path}: "architectures" must be a list of names')
+    found = getattr(transformers, architectures[0], None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {architectures[0]!r}")
+    return found
 
 
 def _write_peft_shira(adapter: Adapter, path: Path, base: Base | None, force: bool) -> None:

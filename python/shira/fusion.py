@@ -45,7 +45,8 @@ def fuse(
             "mean": the sum, divided by the number of adapters that have the entry; "ties": the mean of those whose sign
             is that of the sum; "last": the delta of the last adapter that has the entry, whatever the strengths.
         base: the tensors that the adapters were made for: a model whose weights hold them now, a state dict, or the
-            path of a safetensors file or of a folder of them. Adapters of kind "replace" need it.
+            path of a safetensors file or of a folder of them. Adapters of kind "replace" and files without indices
+            need it.
         force: fuse also adapters that were made for another base.
         progress: called before each tensor, with how many are done, how many there are, and its name.
 
@@ -69,7 +70,7 @@ def fuse(
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-    loaded = [_loaded(position, pair) for position, pair in enumerate(adapters)]
+    loaded = [_loaded(position, pair, base) for position, pair in enumerate(adapters)]
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
     with opened(base) as find:
@@ -84,7 +85,9 @@ def fuse(
     return Adapter(tensors, provenance={"policy": policy, "adapters": [_origin(*entry) for entry in loaded]})
 
 
-def _loaded(position: int, pair: tuple[Adapter | str | os.PathLike[str], float]) -> tuple[str | None, Adapter, float]:
+def _loaded(
+    position: int, pair: tuple[Adapter | str | os.PathLike[str], float], base: Base | None
+) -> tuple[str | None, Adapter, float]:
     """The file's name if there is one, the adapter, and its strength."""
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], (Adapter, str, os.PathLike)):
         raise ValueError(f"adapters[{position}] must be a pair (adapter or its path, strength), got {pair!r}")
@@ -94,7 +97,7 @@ def _loaded(position: int, pair: tuple[Adapter | str | os.PathLike[str], float])
         raise ValueError(f"adapters[{position}]: the strength must be a finite float32 number, got {strength!r}")
     if isinstance(adapter, Adapter):
         return None, adapter, float(strength)
-    return os.path.basename(adapter), Adapter.load(adapter), float(strength)
+    return os.path.basename(adapter), Adapter.load(adapter, base=base), float(strength)
 
 
 def _origin(name: str | None, adapter: Adapter, strength: float) -> dict[str, Any]:

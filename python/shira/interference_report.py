@@ -112,7 +112,7 @@ def run_report(
         check_apart(path, [*files, *([base] if base else [])])
     if there := [str(path) for path in written if path.is_dir() or (path.exists() and not force)]:
         raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
-    adapters = {name: Adapter.load(file) for name, file in zip(names, files, strict=True)}
+    adapters = {name: Adapter.load(file, base=base) for name, file in zip(names, files, strict=True)}
     output.mkdir(parents=True, exist_ok=True)
 
     progress_console = Console(stderr=True)

@@ -81,7 +81,7 @@ def run_bench(
         raise ValueError("adapters need the base that they were made for, --base" if files else "--base needs adapters")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: torch finds no GPU")
-    adapters = {file.stem: Adapter.load(file) for file in files}
+    adapters = {file.stem: Adapter.load(file, base=base) for file in files}
     if len(adapters) < len(files):
         raise ValueError(f"two adapters have the same name: {', '.join(file.stem for file in files)}")
     if empty := [name for name, adapter in adapters.items() if not adapter.nnz]:

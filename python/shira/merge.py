@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from shira.adapter import Adapter, AdapterTensor
+from shira.adapter import Adapter, AdapterTensor, checksum_of
+from shira.adapter_file import describe
 from shira.attach import check_base, check_fits
-from shira.checkpoint import TensorFolder
+from shira.checkpoint import Base, TensorFolder, open_tensors
 from shira.difference import Progress, no_progress
 from shira.fusion import entries_of
+from shira.io import AdapterFormatError
 from shira.names import canonical
 from shira.output import check_apart, check_free, check_replaceable, written_whole
 from shira.resident import ResidentAdapters
@@ -44,6 +46,62 @@ class Merged:
     entries: int
     files: list[str]
     left_out: list[str]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether an adapter was made for a base.
+
+    Attributes:
+        fits: True if every tensor's checksum is that of the base's entries; False if one is not, or the base lacks a
+            tensor or has it with another shape or dtype; None if nothing speaks against it but a checksum is missing.
+        reason: the same in words.
+    """
+
+    fits: bool | None
+    reason: str
+
+
+@torch.no_grad()
+def fit_of(adapter: Adapter | str | os.PathLike[str], base: Base) -> Fit:
+    """Whether an adapter, or that of a file, was made for a base: a model whose weights hold it now, a state dict, or
+    the path of a safetensors file or of a folder of them, of which one tensor is in memory at a time.
+
+    A file without indices whose mask the base does not give is called one of another base, as if it cannot be damaged.
+
+    Raises:
+        ValueError: `base` is none of these, or a file of it is damaged; a file is no valid adapter
+            (AdapterFormatError).
+        OSError: something cannot be read.
+    """
+    tensors = open_tensors(base)
+    if not isinstance(adapter, Adapter):
+        has_indices = describe(adapter)[1]
+        try:
+            adapter = Adapter.load(adapter, base=base)
+        except AdapterFormatError as error:
+            if has_indices:
+                raise
+            return Fit(False, f"another base: {error}")
+    own = {canonical(name): name for name in tensors}
+    other, unknown = 0, 0
+    for label, part in adapter.items():
+        if canonical(label) not in own:
+            return Fit(False, f"another model: it has no tensor {label}")
+        weight = tensors[own[canonical(label)]]
+        try:
+            check_fits(label, part, weight)
+        except ValueError as error:
+            return Fit(False, f"another model: {error}")
+        if part.checksum is None:
+            unknown += 1
+        else:
+            other += part.checksum != checksum_of(entries_of(weight, part.indices))
+    if other:
+        return Fit(False, f"another base: {other} of {len(adapter)} tensors differ where the adapter changes them")
+    if unknown:
+        return Fit(None, "shapes and types fit, checksums are not known")
+    return Fit(True, "the one that the adapter was made for")
 
 
 @torch.no_grad()
@@ -82,7 +140,7 @@ def merge_checkpoint(
     """
     base, output = Path(base), Path(output)
     folder = TensorFolder(base)
-    loaded = [_loaded(position, *pair) for position, pair in enumerate(adapters)]
+    loaded = [_loaded(position, *pair, base) for position, pair in enumerate(adapters)]
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
     own_names = {canonical(name): name for name in folder}
@@ -126,11 +184,13 @@ def merge_checkpoint(
     )
 
 
-def _loaded(position: int, adapter: Adapter | str | os.PathLike[str], strength: float) -> tuple[Adapter, float]:
+def _loaded(
+    position: int, adapter: Adapter | str | os.PathLike[str], strength: float, base: Path
+) -> tuple[Adapter, float]:
     largest = torch.finfo(torch.float32).max
     if not isinstance(strength, (int, float)) or not -largest <= strength <= largest:
         raise ValueError(f"adapters[{position}]: the strength must be a finite float32 number, got {strength!r}")
-    return adapter if isinstance(adapter, Adapter) else Adapter.load(adapter), float(strength)
+    return adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, base=base), float(strength)
 
 
 def _check_output(is_folder: bool, output: Path, planned: Collection[str], inputs: list[Path], overwrite: bool) -> None:

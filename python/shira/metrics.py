@@ -98,7 +98,8 @@ def awom(a: Source, b: Source, base: Base | None = None) -> float:
 
     Args:
         a, b: adapters or their files.
-        base: what they were trained on, as in `shira.fuse`; needed for adapters of kind "replace".
+        base: what they were trained on, as in `shira.fuse`; needed for adapters of kind "replace" and for files without
+            indices.
 
     Raises:
         ValueError: there is no base and one is needed, or it is another one; the adapters have a tensor in different
@@ -119,24 +120,25 @@ def awor(a: Source, b: Source, base: Base | None = None) -> float:
     return sum(interference(a, b, base).values(), Interference()).awor
 
 
-def overlap(a: Source, b: Source) -> float:
+def overlap(a: Source, b: Source, base: Base | None = None) -> float:
     """Of the entries that at least one of two adapters changes, the share that both change (Jaccard).
 
     It counts the entries that they list, whatever their values. `overlaps` has the counts of each tensor.
 
     Args:
         a, b: adapters or their files.
+        base: what they were trained on, as in `shira.fuse`; only files without indices need it.
 
     Raises:
         ValueError: the adapters have a tensor in different shapes; a file is no valid adapter (AdapterFormatError).
         OSError: a file cannot be read.
     """
-    return sum(overlaps(a, b).values(), Overlap()).overlap
+    return sum(overlaps(a, b, base).values(), Overlap()).overlap
 
 
-def overlaps(a: Source, b: Source) -> dict[str, Overlap]:
-    """By tensor, for all tensors that at least one adapter changes, those of `a` first. Errors as in `overlap`."""
-    return {name: overlap_of(first, second) for name, first, second in pairs(_loaded(a), _loaded(b))}
+def overlaps(a: Source, b: Source, base: Base | None = None) -> dict[str, Overlap]:
+    """By tensor, for all tensors that at least one adapter changes, those of `a` first. Arguments as in `overlap`."""
+    return {name: overlap_of(first, second) for name, first, second in pairs(_loaded(a, base), _loaded(b, base))}
 
 
 def interference(a: Source, b: Source, base: Base | None = None) -> dict[str, Interference]:
@@ -148,7 +150,7 @@ def interference(a: Source, b: Source, base: Base | None = None) -> dict[str, In
 
 def as_deltas(adapter: Source, base: Base | None = None) -> Adapter:
     """The adapter as one of kind "add". Errors as in `awom`; also a ValueError naming a delta that is not finite."""
-    adapter = _loaded(adapter)
+    adapter = _loaded(adapter, base)
     tensors = {}
     for tensor, (name, (indices, values)) in zip(adapter.values(), deltas(adapter, base).items(), strict=True):
         if not bool(values.isfinite().all()):
@@ -207,10 +209,10 @@ def energy_of(tensor: AdapterTensor | None) -> float:
     return float(tensor.values.double().square().sum()) if tensor else 0.0
 
 
-def _loaded(source: Source) -> Adapter:
+def _loaded(source: Source, base: Base | None) -> Adapter:
     if not isinstance(source, (Adapter, str, os.PathLike)):
         raise ValueError(f"an adapter must be an Adapter or the path of its file, got {source!r}")
-    return source if isinstance(source, Adapter) else Adapter.load(source)
+    return source if isinstance(source, Adapter) else Adapter.load(source, base=base)
 
 
 def _by_name(adapter: Adapter) -> dict[str, AdapterTensor]:

@@ -23,6 +23,7 @@ from shira.attach import check_base, check_claim, check_fits, claim, users_of
 from shira.interrupts import interrupts_held, no_autocast
 from shira.names import first_names, resolve
 from shira.pages import Counts, Deltas, Pages, Target
+from shira_kernels import scatter_apply
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class ResidentAdapters:
 
         Args:
             name: to switch to it; not taken yet.
-            adapter: the adapter or its file.
+            adapter: the adapter or its file, also one without indices: the model is the base.
             force: take it also if it was made for another base.
             check_finite: refuse values that are NaN or infinite. Without it they are written, and revert exactly.
             on_host: keep it in host memory, pinned for a model on a GPU, until it is staged or switched to. With a
@@ -181,7 +182,7 @@ class ResidentAdapters:
         if not isinstance(adapter, (str, os.PathLike, Adapter)):
             raise ValueError(f"an adapter must be an Adapter or the path of its file, got {adapter!r}")
         if not isinstance(adapter, Adapter):
-            adapter = Adapter.load(adapter)
+            adapter = Adapter.load(adapter, base=_BaseWeights(self))
         if check_finite:
             for tensor_name, tensor in adapter.items():
                 if not bool(tensor.values.isfinite().all()):
@@ -701,6 +702,35 @@ class ResidentAdapters:
             entries = written.arena.single()
             kept.update((weight, (entries.indices[part], written.saved[part])) for weight, part in entries.parts)
         return kept
+
+    @torch.no_grad()
+    def _base_weight(self, name: str) -> torch.Tensor:
+        """A copy of a weight as it is without any adapter."""
+        weight = resolve(self._model, name)
+        with self._lock:
+            base = weight.detach().clone(memory_format=torch.contiguous_format)
+            for written in self._written.values():
+                entries = written.arena
+                for part in (part for changed, part in entries.parts if changed is weight):
+                    saved = entries.in_units(written.saved)[part]
+                    scatter_apply(entries.in_units(base.view(-1)), entries.indices[part], saved)
+        return base
+
+
+class _BaseWeights(Mapping[str, torch.Tensor]):
+    """The base of a bank's model: the weights by name, each copied when it is asked for."""
+
+    def __init__(self, bank: ResidentAdapters) -> None:
+        self._bank = bank
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._bank._base_weight(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._bank._model.named_parameters(remove_duplicate=False))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @dataclass(eq=False)

@@ -51,7 +51,7 @@ class Selection:
     """The same, weight by weight, in any order: for gradients that are there for a moment only.
 
     Args:
-        config, weights: as for `choose_entries`.
+        config, weights: as for `choose_entries`; weights on the meta device are given to `add`.
     """
 
     def __init__(self, config: ShiraConfig, weights: Mapping[str, torch.Tensor]) -> None:
@@ -74,15 +74,16 @@ class Selection:
                     f"have {runs}"
                 )
 
-    def add(self, name: str, grad: torch.Tensor | None) -> None:
-        """Ranks one weight; its gradient is not kept."""
+    def add(self, name: str, grad: torch.Tensor | None, weight: torch.Tensor | None = None) -> None:
+        """Ranks one weight. Neither its gradient is kept nor `weight`, which stands for one on the meta device."""
+        weight = (self._weights[name] if weight is None else weight).detach()
         try:
             if masks.needs_gradient(self._config.mask) and grad is None:
                 raise ValueError(f"mask {self._config.mask!r} ranks by the gradient: calibration batches are needed")
             if self._ranks_model:
-                self._rank(name, grad)
+                self._rank(name, weight, grad)
             else:
-                self._chosen[name] = self._choose(name, grad)
+                self._chosen[name] = self._choose(name, weight, grad)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -93,13 +94,11 @@ class Selection:
         if self._ranks_model and self._best:
             self._keep(self._leave, self._take)
             for name, (runs, _) in self._best.items():
-                weight = self._weights[name]
-                runs = runs.to(weight.device)
-                self._chosen[name] = masks.entries_of(runs, self._config.granularity, weight)
+                self._chosen[name] = masks.entries_of(runs, self._config.granularity, self._weights[name])
         return {name: self._chosen[name] for name in self._weights}
 
-    def _choose(self, name: str, grad: torch.Tensor | None) -> torch.Tensor:
-        config, weight, k = self._config, self._weights[name].detach(), self._k[name]
+    def _choose(self, name: str, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        config, k = self._config, self._k[name]
         if not k:
             return torch.empty(0, dtype=_index_dtype(weight), device=weight.device)
         # Counted in the runs that a mask takes and leaves, so that rounding to runs never makes two families overlap.
@@ -120,8 +119,8 @@ class Selection:
         )
         return indices if self._is_own else _checked(indices, weight, config.mask_name)
 
-    def _rank(self, name: str, grad: torch.Tensor | None) -> None:
-        weight, config = self._weights[name], self._config
+    def _rank(self, name: str, weight: torch.Tensor, grad: torch.Tensor | None) -> None:
+        config = self._config
         assert isinstance(config.mask, str)
         masks.budget(weight, 1.0, None, 0, 0, 1)  # for its checks of the weight
         score = masks.run_scores(config.mask, weight, grad, config.granularity)
