@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import shira
 from shira import Adapter, AdapterTensor, cli, convert
 from shira.checkpoint import TensorFolder
+from shira.output import check_free
 
 SHAPES = {"layers.0.q.weight": (40, 30), "layers.1.q.weight": (40, 30), "norm.weight": (40,)}
 State = dict[str, torch.Tensor]
@@ -119,13 +120,22 @@ def test_info(files: Path, run: Run) -> None:
     assert facts["bytes"] == Path("a").stat().st_size
     assert facts["tensors"]["layers.1.q.weight"]["shape"] == [40, 30]
     assert facts["tensors"]["layers.1.q.weight"]["checksum"] == Adapter.load("a")["layers.1.q.weight"].checksum
-    assert json.loads(run("info a --base other --json")[1])["base"].startswith("another base: 2 of 2 tensors")
+    for line, fits, words in (
+        ("a --base base", True, "the one that"),
+        ("a --base other", False, "another base: 2 of 2 tensors"),
+        ("unknown --base base", True, "shapes and types fit, checksums are not known"),
+    ):
+        facts = json.loads(run(f"info {line} --json")[1])
+        assert facts["fits"] is fits
+        assert facts["base"].startswith(words)
+    assert "fits" not in json.loads(run("info a --json")[1])
     assert "checksums are not known" in run("info unknown --base base")[1]
     assert "no checksum of the base in 2 of 2 tensors" in run("info unknown")[1]
     save_file({"layers.0.q.weight": torch.zeros(2, 2)}, "small")
     assert "another model: layers.0.q.weight: the adapter's shape" in run("info a --base small")[1]
     save_file({"x": torch.zeros(2, 2)}, "lacking")
     assert "another model: it has no tensor layers.0.q.weight" in run("info a --base lacking")[1]
+    assert not any(json.loads(run(f"info a --base {base} --json")[1])["fits"] for base in ("small", "lacking"))
 
 
 def test_info_of_other_formats(files: Path, run: Run) -> None:
@@ -308,29 +318,36 @@ def test_an_interrupt_while_writing_leaves_what_was_there(
     assert not list(files.glob(".*"))
 
 
-# Stops where a write has begun, says so, and waits for the signal.
+# Stops where a write has begun, says so, and waits for the signal; SIGHUP may come ignored, from nohup.
 PAUSED = """
-import os, sys, time
+import os, signal, sys, time
 from shira import cli
 def pause(*args):
     print("writing", flush=True)
     time.sleep(60)
 os.fsync = pause
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.argv = ["shira", *sys.argv[1:]]
 cli.main()
 """
 
 
-def test_control_c_at_a_terminal(files: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
+def test_a_command_is_ended_from_outside(files: Path, number: int, expected: int) -> None:
+    """As by Ctrl-C, kill, a terminal that is closed, and kill -9, after which the next run removes what is left."""
     shutil.copytree("base", "merged")
     before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
     command = [sys.executable, "-c", PAUSED, *INTERRUPTED[1].split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"writing\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, error = process.communicate(timeout=60)
-    assert (process.returncode, out, error) == (130, b"", b"")
+    assert (process.returncode, out, error) == (expected, b"", b"")
+    assert bool(list(files.glob(".*"))) == (number == signal.SIGKILL)
+    check_free(Path("merged"), True)
     assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
 
 

@@ -71,7 +71,7 @@ def info(
         adapter = formats.read(file, base)
         facts = {"file": str(file), "format": form, "bytes": _size(file), **_facts(adapter)}
         if base is not None:
-            facts["base"] = _belongs(adapter, base)
+            facts["fits"], facts["base"] = _belongs(adapter, base)
     if json:
         print_json(facts)
         return
@@ -268,10 +268,17 @@ def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
         return printable(text)
 
     own = os.path.dirname(__file__)
+    alike: dict[str, list[Any]] = {}  # by what follows the tensor's name: the first such warning, how many there are
+
+    def note(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+        if category is UserWarning and filename.startswith(own):
+            alike.setdefault(str(message).rpartition(": ")[2], [str(message), 0])[1] += 1
+
     # transformers would draw bars of its own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = note
         try:
             yield
         except ValueError as error:
@@ -279,14 +286,10 @@ def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
         except OSError as error:
             if error.filename is None or error.strerror is None:
                 raise
-            raise CommandError(f"{error.filename}: {error.strerror}") from None
+            raise CommandError(f"{os.fsdecode(error.filename)}: {error.strerror}") from None
         finally:
-            texts = [str(w.message) for w in seen if w.category is UserWarning and w.filename.startswith(own)]
-            alike: dict[str, list[str]] = {}  # but for the tensor's name, with which they begin
-            for text in texts:
-                alike.setdefault(text.rpartition(": ")[2], []).append(text)
-            for first, *others in alike.values():
-                more = f" (and {len(others)} more)" if others else ""
+            for first, number in alike.values():
+                more = f" (and {number - 1} more)" if number > 1 else ""
                 print(f"shira: warning: {in_words_of_a_command(first)}{more}", file=sys.stderr)
 
 
@@ -359,8 +362,8 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _belongs(adapter: Adapter, base: Path) -> str:
-    """Whether an adapter was made for a base."""
+def _belongs(adapter: Adapter, base: Path) -> tuple[bool, str]:
+    """Whether an adapter was made for a base, as far as can be told, and that in words."""
     from shira.adapter import checksum_of
     from shira.attach import check_fits
     from shira.checkpoint import open_tensors
@@ -372,19 +375,19 @@ def _belongs(adapter: Adapter, base: Path) -> str:
     other, unknown = [], 0
     for label, part in adapter.items():
         if canonical(label) not in own:
-            return f"another model: it has no tensor {label}"
+            return False, f"another model: it has no tensor {label}"
         weight = tensors[own[canonical(label)]]
         try:
             check_fits(label, part, weight)
         except ValueError as error:
-            return f"another model: {error}"
+            return False, f"another model: {error}"
         if part.checksum is None:
             unknown += 1
         elif part.checksum != checksum_of(entries_of(weight, part.indices)):
             other.append(label)
     if other:
-        return f"another base: {len(other)} of {len(adapter)} tensors differ where the adapter changes them"
-    return "shapes and types fit, checksums are not known" if unknown else "the one that the adapter was made for"
+        return False, f"another base: {len(other)} of {len(adapter)} tensors differ where the adapter changes them"
+    return True, "shapes and types fit, checksums are not known" if unknown else "the one that the adapter was made for"
 
 
 def _info_of_arrays(file: Path, form: str, json: bool) -> None:

@@ -24,7 +24,7 @@ from shira.adapter import Adapter
 from shira.fusion import Base
 from shira.io import write_atomically
 from shira.metrics import Interference, Overlap, as_deltas, energy_of, interference_of, overlap_of, pairs
-from shira.output import check_apart
+from shira.output import check_files_free
 
 _INK = "#303438"
 _COLOURS = (
@@ -107,11 +107,7 @@ def run_report(
     names = [file.stem if stems.count(file.stem) == 1 else str(file) for file in files]
     if len(set(names)) < len(names):
         raise ValueError(f"an adapter is given twice: {', '.join(names)}")
-    written = [output / "report.html", output / "report.png"]
-    for path in written:
-        check_apart(path, [*files, *([base] if base else [])])
-    if there := [str(path) for path in written if path.is_dir() or (path.exists() and not force)]:
-        raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
+    check_files_free(output, ("report.html", "report.png"), [*files, *([base] if base else [])], force)
     adapters = {name: Adapter.load(file) for name, file in zip(names, files, strict=True)}
     output.mkdir(parents=True, exist_ok=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import secrets
 from pathlib import Path
@@ -18,6 +20,7 @@ def write_atomically(path: str | os.PathLike[str], *data: bytes | memoryview) ->
     try:
         # "x" leaves the permissions to the umask, unlike the tempfile module.
         with open(temporary, "xb") as file:
+            hold(file.fileno())
             for part in data:
                 file.write(part)
             file.flush()
@@ -31,3 +34,9 @@ def write_atomically(path: str | os.PathLike[str], *data: bytes | memoryview) ->
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def hold(descriptor: int) -> None:
+    """Marks a temporary file or folder as one of a living process: another may remove it when the mark is gone."""
+    with contextlib.suppress(OSError):  # a file system without locks, where nothing is ever removed
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
