@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from shira.cli_files import CommandError, Json, add_commands, console_for, plainly, print_json, printable
+from shira.cli_files import CommandError, Json, add_commands, console_for, plainly, print_json
+from shira.names import printable
 
 app = typer.Typer(help="Sparse high-rank adapters: train, save, switch.", add_completion=False, no_args_is_help=True)
 
@@ -22,6 +23,15 @@ app = typer.Typer(help="Sparse high-rank adapters: train, save, switch.", add_co
 _USAGE_ERROR: type[Exception] = typer.BadParameter.mro()[1]
 
 _LARGEST_SEED = 2**32 - 1  # that all generators take
+_Base = Annotated[
+    Path | None,
+    typer.Option(
+        "--base",
+        "-b",
+        metavar="FILE_OR_DIR",
+        help="What they were made for: a safetensors file, or a folder of them.",
+    ),
+]
 _FilesForce = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
 
 
@@ -34,7 +44,9 @@ def _group() -> None:
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and less text: under a minute.")] = False,
     json: Json = False,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Adapters, report and picture.")] = Path("shira-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Adapters, report and picture.")] = Path(
+        "shira-demo"
+    ),
     seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="For training batches and generated text.")] = 0,
     force: _FilesForce = False,
 ) -> None:
@@ -58,10 +70,7 @@ def demo(
 @app.command()
 def report(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Files of two or more adapters.")],
-    base: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE_OR_DIR", help="What they were trained on: a safetensors file or a folder of them."),
-    ] = None,
+    base: _Base = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For report.html, report.png.")] = Path(
         "shira-report"
     ),
@@ -167,10 +176,7 @@ def bench(
     adapters: Annotated[
         list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter files; none: two random adapters.")
     ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE_OR_DIR", help="What they were trained on: a safetensors file or a folder of them."),
-    ] = None,
+    base: _Base = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Of the CPU.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure.")] = 2.0,
@@ -213,9 +219,12 @@ def main() -> None:
         _fail(error.format_message())  # type: ignore[attr-defined]
     except BrokenPipeError:  # a reader such as `head` has seen enough; it must not be told again at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(128 + signal.SIGPIPE)
-    except (CommandError, OSError) as error:
+        sys.exit(1)
+    except CommandError as error:
         _fail(str(error))
+    except OSError as error:
+        what, path = error.strerror or str(error), error.filename2 or error.filename  # of two the one that is written
+        _fail(what if path is None else f"{os.fsdecode(path)}: {what}")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

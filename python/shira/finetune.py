@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import shira
 from shira.config import ShiraConfig
 from shira.io import write_atomically
 from shira.masks import needs_gradient
+from shira.names import printable
 from shira.output import check_files_free
 
 FILES = ("adapter.safetensors", "training.json", "training.png")
@@ -426,22 +428,33 @@ def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
 def picture(found: Training) -> bytes:
     """The training curve as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     steps = range(1, len(found.losses) + 1)
     window = max(1, len(found.losses) // 20)
-    smooth = [sum(part) / len(part) for part in (found.losses[max(0, i - window) : i] for i in steps)]
-    axes.plot(steps, found.losses, color="#2f6fb5", alpha=0.3, linewidth=1)
-    axes.plot(steps, smooth, color="#2f6fb5", linewidth=2, label="training, each batch and a running mean")
+    near = window // 2  # on either side
+    parts = [found.losses[max(0, i - near) : i + near + 1] for i in range(len(found.losses))]
+    smooth = [sum(part) / len(part) for part in parts]
+    label = "training, each batch"
+    if window > 1:
+        axes.plot(steps, found.losses, color="#2f6fb5", alpha=0.3, linewidth=1)
+        label += f" and the mean of {2 * near + 1}"
+    axes.plot(steps, smooth, ".-" if window == 1 else "-", color="#2f6fb5", linewidth=2, label=label)
+    title = f"{found.adapter.nnz} entries, {found.adapter.density:.2%} of the tensors"
     if found.held_out_examples:
         ends = [found.held_out_before["loss"], found.held_out_after["loss"]]
         axes.plot([0, len(found.losses)], ends, "o", color="#d9772b", label="held out, before and after", clip_on=False)
         for step, loss in zip((0, len(found.losses)), ends, strict=True):
             axes.annotate(f"{loss:.3f}", (step, loss), (0, 9), textcoords="offset points", ha="center", color="#d9772b")
+    else:
+        title += "; no example was held out"
+    axes.margins(y=0.1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("step", color=_INK)
     axes.set_ylabel("loss (nats)", color=_INK)
-    axes.set_title(f"{found.adapter.nnz} entries, {found.adapter.density:.2%} of the tensors", loc="left", color=_INK)
+    axes.set_title(title, loc="left", color=_INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     buffer = io.BytesIO()
@@ -457,12 +470,13 @@ def _show(found: Training, model_folder: Path, output: Path, console: Console) -
         console.print(f"held-out {name}: {before[name]:.4g} before, {after[name]:.4g} after")
     adapter = output / "adapter.safetensors"
     console.print(
-        f"{escape(str(adapter))}: {found.adapter.nnz} entries, {adapter.stat().st_size / 1e6:.2f} MB, "
+        f"{escape(printable(str(adapter)))}: {found.adapter.nnz} entries, {adapter.stat().st_size / 1e6:.2f} MB, "
         f"{found.seconds:.0f} s; curve in training.png",
         soft_wrap=True,
     )
     console.print("to use it, merge it into a copy of the model:", soft_wrap=True)
-    console.print(f"  shira apply {escape(str(model_folder))} {escape(str(adapter))} -o MERGED", soft_wrap=True)
+    command = shlex.join(["shira", "apply", str(model_folder), str(adapter), "-o", "MERGED"])
+    console.print(f"  {escape(printable(command))}", soft_wrap=True)
     console.print(
         f'or switch it in live weights: shira.ResidentAdapters(model).add("name", {escape(repr(str(adapter)))})',
         soft_wrap=True,

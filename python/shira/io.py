@@ -26,14 +26,21 @@ def write_atomically(path: str | os.PathLike[str], *data: bytes | memoryview) ->
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        name_file(error, path)
         raise
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def name_file(error: BaseException, path: str | os.PathLike[str]) -> None:
+    """Gives the system's errors of writing, such as of a full disk, the file's name, which they lack."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = os.fspath(path)
 
 
 def hold(descriptor: int) -> None:

@@ -13,17 +13,18 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shira.io import hold
+from shira.io import hold, name_file
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def check_free(path: Path, force: bool) -> None:
     """Refuses with ValueError a file that is there unless `force`, a folder unless it is empty, and a folder to write
-    to that is not there. What a folder may hold to be replaced is left to `check_replaceable`. What killed runs left
-    behind is removed first."""
+    to that is not there; with OSError one that cannot be written to. What a folder may hold to be replaced is left to
+    `check_replaceable`. What killed runs left behind is removed first."""
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
+    _check_writable(path.parent)
     _clean_up(path)
     if path.is_dir():
         if any(path.iterdir()) and not force:
@@ -44,17 +45,26 @@ def check_apart(output: Path, inputs: Iterable[Path]) -> None:
 def check_files_free(folder: Path, names: Iterable[str], inputs: Iterable[Path], force: bool) -> None:
     """Refuses with ValueError to write files into a folder, which is made where there is none: files that are there
     unless `force`, and inputs among them. With OSError a place that cannot be written to. So both are known before the
-    work, not after it. What killed runs left behind is removed first."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder")
+    work. What killed runs left behind is removed first."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ValueError(f"{folder}: {'not a folder' if place == folder else f'{place} is not a folder'}")
     files, inputs = [folder / name for name in names], list(inputs)
     for path in files:
         check_apart(path, inputs)
         _clean_up(path)
     if there := [str(path) for path in files if path.is_dir() or (os.path.lexists(path) and not force)]:
         raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
-    with tempfile.TemporaryFile(dir=next(place for place in (folder, *folder.parents) if place.exists())):
-        pass
+    _check_writable(place)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def check_replaceable(folder: Path, files: Collection[str]) -> None:
@@ -88,6 +98,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _sync(file)
         _put(new, target, work)
         _sync(target.parent)
+    except OSError as error:
+        name_file(error, path)
+        raise
     finally:
         _remove(work, target)
         os.close(held)

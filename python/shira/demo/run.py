@@ -21,6 +21,7 @@ from torch import nn
 
 import shira
 from shira.demo import base, corpus, report
+from shira.names import printable
 from shira.output import check_files_free
 
 ADAPTERS = ("cpp", "prose")
@@ -94,7 +95,6 @@ def run_demo(
     began = time.perf_counter()
     console = console or Console()
     check_files_free(output, FILES, [], force)
-    output.mkdir(parents=True, exist_ok=True)
     _quiet_transformers()
 
     with console.status("loading the base model and text of installed packages"):
@@ -115,6 +115,7 @@ def run_demo(
             adapter, curves[name] = train(
                 model, train_texts[name], effort.steps[name], effort.batch, seed, name, progress
             )
+            output.mkdir(parents=True, exist_ok=True)
             adapter.save(output / f"{name}.safetensors")
 
     bank = shira.ResidentAdapters(model)
@@ -155,7 +156,9 @@ def run_demo(
     )
     _show(results, console)
     report.write(results, output)
-    console.print(f"adapters, report.md and report.png are in {escape(str(output))}; {results.seconds:.0f} s in all")
+    console.print(
+        f"adapters, report.md and report.png are in {escape(printable(str(output)))}; {results.seconds:.0f} s in all"
+    )
     return results
 
 
