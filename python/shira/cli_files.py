@@ -276,8 +276,9 @@ def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
         if category is UserWarning and filename.startswith(own):
             alike.setdefault(str(message).rpartition(": ")[2], [str(message), 0])[1] += 1
 
-    # transformers would draw bars of its own.
+    # transformers would draw bars and report on weights by itself.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = note
