@@ -18,7 +18,7 @@ RESULTS ?= bench-results
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
-	$(VENV)/bin/shira demo $(DEMO_ARGS)
+	$(VENV)/bin/shira demo --force $(DEMO_ARGS)
 
 test: $(BUILT)
 	$(PY) -m pytest $(PYTEST_ARGS)

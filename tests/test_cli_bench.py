@@ -88,9 +88,14 @@ def test_bad_input_is_refused_in_one_line(
         ((files / "nothing.safetensors", *base), "No such file"),
         ((files / "base.safetensors", *base), "unknown format"),
         ((a, *base, "--threads", 0), "--threads"),
+        ((a, *base, "--threads", 10**6), "--threads"),
+        ((a, *base, "--seconds", -1), "--seconds"),
+        ((a, *base, "--seconds", "nan"), "--seconds"),
+        ((a, *base, "--seconds", "inf"), "--seconds must be finite and not negative, got inf"),
+        ((a, *base, "--device", "gpu"), "--device must be cpu or cuda, got 'gpu'"),
     ]
     if not torch.cuda.is_available():
-        cases.append(((a, *base, "--device", "cuda"), "torch finds no GPU"))
+        cases.append(((a, *base, "--device", "cuda"), "--device cuda: torch finds no GPU"))
     for arguments, message in cases:
         assert run(monkeypatch, *arguments) == 2
         error = capsys.readouterr().err

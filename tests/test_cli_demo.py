@@ -28,6 +28,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         (["nope"], "nope"),
         (["demo", "--seed", "x"], "--seed"),
         (["demo", "--seed", "-1"], "--seed"),
+        (["demo", "--seed", "4294967296"], "--seed"),
+        (["demo", "--output", "{tmp}"], "report.md: there already; --force replaces files"),
         (["demo", "--bogus"], "--bogus"),
         (["demo", "--output", "{tmp}/file"], "file"),
         (["demo", "--output", "{tmp}/file/inside"], "file"),
@@ -41,12 +43,23 @@ def test_bad_input(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "report.md").write_text("mine")
     assert run(monkeypatch, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("shira: ")
     assert err.count("\n") == 1
     assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "report.md"]
+    assert (tmp_path / "report.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["demo", "report", "bench", "train"])
+def test_help_has_examples(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "Example" in text
+    assert f"shira {command} " in text.partition("Example")[2]
 
 
 def test_without_arguments_there_is_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +104,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     effort = demo.Effort(steps={"cpp": 4, "prose": 4}, batch=4, heldout_bytes=256, generated_bytes=5, switches=6)
     monkeypatch.setattr(demo, "QUICK", effort)
     output = tmp_path / "deep" / "out"
-    assert run(monkeypatch, "demo", "--quick", "--output", output, "--json") == 0
+    output.mkdir(parents=True)
+    (output / "report.md").write_text("old")
+    assert run(monkeypatch, "demo", "--quick", "-o", output, "--json", "--force") == 0
 
     assert demo.bytes_hash(model) == before
     assert sorted(path.name for path in output.iterdir()) == [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ from safetensors.torch import load_file, save_file
 import shira
 from shira import Adapter, AdapterTensor, cli, convert
 from shira.checkpoint import TensorFolder
+from shira.cli_files import plainly
+from shira.output import check_free
 
 SHAPES = {"layers.0.q.weight": (40, 30), "layers.1.q.weight": (40, 30), "norm.weight": (40,)}
 State = dict[str, torch.Tensor]
@@ -119,13 +124,22 @@ def test_info(files: Path, run: Run) -> None:
     assert facts["bytes"] == Path("a").stat().st_size
     assert facts["tensors"]["layers.1.q.weight"]["shape"] == [40, 30]
     assert facts["tensors"]["layers.1.q.weight"]["checksum"] == Adapter.load("a")["layers.1.q.weight"].checksum
-    assert json.loads(run("info a --base other --json")[1])["base"].startswith("another base: 2 of 2 tensors")
+    for line, fits, words in (
+        ("a --base base", True, "the one that"),
+        ("a --base other", False, "another base: 2 of 2 tensors"),
+        ("unknown --base base", None, "shapes and types fit, checksums are not known"),
+    ):
+        facts = json.loads(run(f"info {line} --json")[1])
+        assert facts["fits"] is fits
+        assert facts["base"].startswith(words)
+    assert "fits" not in json.loads(run("info a --json")[1])
     assert "checksums are not known" in run("info unknown --base base")[1]
     assert "no checksum of the base in 2 of 2 tensors" in run("info unknown")[1]
     save_file({"layers.0.q.weight": torch.zeros(2, 2)}, "small")
     assert "another model: layers.0.q.weight: the adapter's shape" in run("info a --base small")[1]
     save_file({"x": torch.zeros(2, 2)}, "lacking")
     assert "another model: it has no tensor layers.0.q.weight" in run("info a --base lacking")[1]
+    assert not any(json.loads(run(f"info a --base {base} --json")[1])["fits"] for base in ("small", "lacking"))
 
 
 def test_info_of_other_formats(files: Path, run: Run) -> None:
@@ -308,30 +322,130 @@ def test_an_interrupt_while_writing_leaves_what_was_there(
     assert not list(files.glob(".*"))
 
 
-# Stops where a write has begun, says so, and waits for the signal.
+# Stops where a write has begun, says so, and waits for the signal; SIGHUP may come ignored, from nohup.
 PAUSED = """
-import os, sys, time
+import os, signal, sys, time
 from shira import cli
 def pause(*args):
     print("writing", flush=True)
     time.sleep(60)
 os.fsync = pause
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.argv = ["shira", *sys.argv[1:]]
 cli.main()
 """
 
 
-def test_control_c_at_a_terminal(files: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
+def test_a_command_is_ended_from_outside(files: Path, number: int, expected: int) -> None:
+    """As by Ctrl-C, kill, a terminal that is closed, and kill -9, after which the next run removes what is left."""
     shutil.copytree("base", "merged")
     before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
     command = [sys.executable, "-c", PAUSED, *INTERRUPTED[1].split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"writing\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, error = process.communicate(timeout=60)
-    assert (process.returncode, out, error) == (130, b"", b"")
+    assert (process.returncode, out, error) == (expected, b"", b"")
+    assert bool(list(files.glob(".*"))) == (number == signal.SIGKILL)
+    check_free(Path("merged"), True)
     assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+
+
+FULL = {
+    "diff base tuned -o new --force": "new: File too large",
+    "apply base a -o merged --force": "/merged/model-1.safetensors: File too large",
+    "fuse a b --base base -o new --force": "new: File too large",
+    "convert a --to patch -o new --force": "new: Error while serializing: I/O error: File too large",
+    "convert a --base base --to peft-shira -o peft-new --force": "peft-new: Error while serializing: I/O error: File",
+}
+
+
+@pytest.mark.parametrize("line", FULL)
+def test_a_full_disk_leaves_what_was_there(files: Path, run: Run, line: str) -> None:
+    """A limit on the size of files is the disk."""
+    resource = pytest.importorskip("resource", reason="this system has no limits on files")
+    shutil.copytree("base", "merged")
+    Path("new").write_text("old")
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
+    try:
+        code, out, error = run(line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (code, out) == (2, "")
+    assert error.startswith("shira: ")
+    assert error.count("\n") == 1
+    assert FULL[line] in error
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+    assert not list(files.glob(".*"))
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_work(
+    files: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(dir: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{dir}/tmp1234")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("shira.diff", lambda *_, **__: pytest.fail("the work was begun"))
+    assert run("diff base tuned -o tuned/new") == (2, "", "shira: tuned: Permission denied\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("{shira} diff base tuned -o new 2>&1 | true", (1, "")),
+        ("{shira} info a > /dev/full", (2, "shira: No space left on device\n")),
+        ("{shira} info a >&-", (0, "")),
+    ],
+)
+def test_output_that_nobody_reads(files: Path, command: str, expected: tuple[int, str]) -> None:
+    """A pipe that is closed, a full disk, and no standard output at all: no traceback, and the work is done."""
+    bash = shutil.which("bash")
+    if bash is None or not Path("/dev/full").exists():
+        pytest.skip("this needs bash and /dev/full")
+    line = command.format(shira=f"{sys.executable} -m shira.cli") + "; exit ${PIPESTATUS[0]}"
+    done = subprocess.run([bash, "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == expected
+    assert Path("new").exists() == ("-o new" in command)
+
+
+def test_names_of_any_bytes_are_shown(files: Path, run: Run) -> None:
+    name = os.fsdecode(b"n\xff\x1b[31m")
+    code, out, error = run(f"fuse a --base base -o {name}")
+    assert (code, error) == (0, "")
+    assert out.startswith("n\\udcff\\x1b[31m: 46 entries in 2 tensors")
+    assert json.loads(run(f"fuse a --base base -o {name} --force --json")[1])["output"] == name
+    assert run(f"apply base {name}x -o new") == (2, "", "shira: n\\udcff\\x1b[31mx: No such file or directory\n")
+
+
+def test_a_narrow_terminal_folds_names_only(files: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for rich then it is a terminal
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "a.name.of.many.parts." * 3 + "weight"
+    Adapter({name: Adapter.load("a")["layers.0.q.weight"]}).save("long")
+    lines = run("info long")[1].splitlines()
+    assert lines[1].split()[1:-1] == ["40", "x", "30", "bfloat16", "replace", "23", "1.917%"]
+    folded = lines[1:-1][: len(name) // 20 + 1]
+    assert "".join(line.split()[0] for line in folded) == name
+
+
+def test_warnings_are_counted_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    def kept() -> int:
+        return sum(type(thing) is UserWarning for thing in gc.get_objects())
+
+    before = kept()
+    with plainly():
+        for i in range(5):
+            warnings.warn_explicit(f"tensor {i}: odd", UserWarning, shira.__file__, 1)
+            warnings.warn_explicit(f"{i}: of a library", UserWarning, "library.py", 1)
+        assert kept() == before
+    assert capsys.readouterr().err == "shira: warning: tensor 0: odd (and 4 more)\n"
 
 
 def test_names_in_files_do_not_reach_the_terminal_as_they_are(files: Path, run: Run) -> None:

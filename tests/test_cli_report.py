@@ -228,7 +228,7 @@ def test_bad_input(
     assert err.startswith("shira: ")
     assert err.count("\n") == 1
     assert message in err
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_of_one_file_name_are_told_apart(
@@ -239,6 +239,23 @@ def test_adapters_of_one_file_name_are_told_apart(
     assert run(monkeypatch, *command) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["adapters"]) == [str(files / "a.safetensors"), str(tmp_path / "a.safetensors")]
+
+
+def test_names_of_any_bytes_and_signs_are_shown(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes that are no UTF-8, what a terminal obeys, and what rich and matplotlib have a meaning for."""
+    names = ["[red]a", os.fsdecode(b"n\xff"), "e\x1b[31m", "$\\frac$", "_first"]
+    paths = [tmp_path / f"{name}.safetensors" for name in names]
+    for path in paths:
+        path.write_bytes((files / "a.safetensors").read_bytes())
+    output = tmp_path / "o\x1b[31m"
+    assert run(monkeypatch, *paths, "--base", files / "base.safetensors", "-o", output) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "\x1b" not in shown.out
+    assert "[red]a" in shown.out
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_many_adapters_and_kinds_are_drawn() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,7 @@ BAD_DATA = {
     "nothing_to_learn": ("llama", "x.jsonl", jsonl(TEXT, {"text": ""}), "line 2: there is no token to learn"),
     "no_tokens": ("bert", "x.jsonl", jsonl({"text": "", "label": 1}), "line 1: the text has no tokens"),
     "long_prompt": ("llama", "x.jsonl", jsonl(TEXT, {"prompt": "w1 " * 300, "completion": "w2"}), "line 2: the prompt"),
-    "one_example": ("llama", "x.jsonl", jsonl(TEXT), "has 1 example(s)"),
+    "one_example": ("llama", "x.jsonl", jsonl(TEXT), "two are needed, or --held-out 0"),
     "empty": ("llama", "x.txt", b"", "has 0 example(s)"),
     "not_text": ("llama", "x.txt", b"\xff\xfe\x00", "not UTF-8 text"),
     "text_for_a_classifier": ("bert", "x.txt", b"w1 w2", 'JSON lines with "text" and "label"'),
@@ -181,10 +183,23 @@ def test_bad_data_is_refused_in_one_line(
 BAD_OPTIONS = {
     "mask": (("--mask", "best"), "mask must be one of"),
     "mask_is_a_function": (("--mask", "os:system"), "--mask must be one of"),
-    "epochs": (("--epochs", 0), "epochs must be finite and above 0, got 0.0"),
-    "negative_epochs": (("--epochs", -1), "epochs must be finite and above 0"),
-    "infinite_epochs": (("--epochs", "inf"), "epochs must be finite and above 0"),
-    "nan_epochs": (("--epochs", "nan"), "epochs must be finite and above 0"),
+    "epochs": (("--epochs", 0), "--epochs must be above 0 and at most 1000000000, got 0.0"),
+    "negative_epochs": (("--epochs", -1), "--epochs must be above 0"),
+    "infinite_epochs": (("--epochs", "inf"), "--epochs must be above 0 and at most"),
+    "nan_epochs": (("--epochs", "nan"), "--epochs must be above 0"),
+    "steps": (("--max-steps", 10**30), "--max-steps must be at most 1000000000"),
+    "negative_steps": (("--max-steps", -1), "--max-steps"),
+    "huge_batch_size": (("--batch-size", 10**30), "--batch-size must be at most 1000000000"),
+    "learning_rate": (("--lr", 0), "--learning-rate must be finite and above 0, got 0.0"),
+    "negative_learning_rate": (("--lr", -1e-3), "--learning-rate must be finite and above 0"),
+    "infinite_learning_rate": (("--lr", "inf"), "--learning-rate must be finite and above 0"),
+    "nan_learning_rate": (("--lr", "nan"), "--learning-rate must be finite and above 0"),
+    "held_out": (("--held-out", 0.95), "--held-out"),
+    "nan_held_out": (("--held-out", "nan"), "--held-out"),
+    "seed": (("--seed", 2**32), "--seed"),
+    "negative_seed": (("--seed", -1), "--seed"),
+    "length": (("--max-length", 1), "--max-length"),
+    "nan_density": (("--density", "nan"), "density must be a number above 0"),
     "density": (("--density", 2), "density must be a number above 0"),
     "targets": (("--target-modules", "nowhere"), "'nowhere' matches no module"),
     "task": (("--task", "translation"), "task must be one of causal-lm, classification"),
@@ -208,6 +223,38 @@ def test_bad_options_are_refused_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_nothing_is_held_out_if_so_asked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    data = folder / {"llama": "pairs.jsonl", "bert": "labels.jsonl"}[model]
+    drawn: list[finetune.Training] = []
+    picture = finetune.picture
+    monkeypatch.setattr(finetune, "picture", lambda found: (drawn.append(found), picture(found))[1])
+    assert run(monkeypatch, folder / model, data, "-o", tmp_path, "--held-out", 0, "--max-steps", 1) == 0
+    assert "no example was held out" in capsys.readouterr().err
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert (found["examples"], found["held_out_examples"]) == ({"llama": 20, "bert": 48}[model], 0)
+    assert found["held_out_before"] == found["held_out_after"] == drawn[0].held_out_after == {}
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_at_the_end_can_be_pasted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, output = tmp_path / "my [bold]model", tmp_path / "its output"
+    shutil.copytree(folder / "llama", model)
+    assert run(monkeypatch, model, folder / "pairs.jsonl", "-o", output, "--max-steps", 1) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("  shira apply"))
+    command = shlex.split(line.replace("MERGED", shlex.quote(str(tmp_path / "merged"))))
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    for name, part in shira.Adapter.load(output / "adapter.safetensors").items():
+        assert torch.equal(merged.get_parameter(name).detach().view(-1)[part.indices.long()], part.values)
 
 
 def test_bad_folders_are_refused(
@@ -251,7 +298,10 @@ def test_an_output_that_cannot_be_used_is_refused_before_training(
 ) -> None:
     before = files_in(folder)
     monkeypatch.setattr(finetune, "load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
     for output, message in {
+        tmp_path / "file": "file: not a folder",
+        tmp_path / "file/new/deep": f"deep: {tmp_path / 'file'} is not a folder",
         folder / "llama": "must be apart from",
         folder / "llama/new": "must be apart from",
         Path("/proc/new"): "/proc",

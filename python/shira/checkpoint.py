@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,17 @@ def open_tensors(base: Base, argument: str = "base") -> Mapping[str, torch.Tenso
     raise ValueError(f"{argument} must be a model, its state dict or the path of safetensors, got {base!r}")
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Writes a safetensors file with the metadata of PyTorch's. Raises OSError also where safetensors has its own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from None
+
+
 class TensorFolder(Mapping[str, torch.Tensor]):
     """A folder of safetensors files, or one file, as a read-only mapping: name -> tensor, read when it is asked for.
 
@@ -47,8 +59,6 @@ class TensorFolder(Mapping[str, torch.Tensor]):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
         if not folder.is_dir():
-            with open(folder, "rb"):  # for the usual OSError, with errno and path
-                pass
             self._files = dict.fromkeys(_names(folder), folder)
             return
         if (folder / INDEX).exists() and (folder / SINGLE).exists():
@@ -91,6 +101,8 @@ class TensorFolder(Mapping[str, torch.Tensor]):
 def _names(path: Path) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
+    with open(path, "rb"):  # for the usual OSError, with errno and path
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shira.cli_files import CommandError, Json, add_commands, console_for, plainly, print_json, printable
+from shira.cli_files import CommandError, Json, add_commands, console_for, plainly, print_json
+from shira.names import printable
 
 app = typer.Typer(help="Sparse high-rank adapters: train, save, switch.", add_completion=False, no_args_is_help=True)
 
 # Its module differs: older versions of typer raise click's, newer ones their own.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.mro()[1]
+
+_LARGEST_SEED = 2**32 - 1  # that all generators take
+_Base = Annotated[
+    Path | None,
+    typer.Option(
+        "--base",
+        "-b",
+        metavar="FILE_OR_DIR",
+        help="What they were made for: a safetensors file, or a folder of them.",
+    ),
+]
+_FilesForce = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
 
 
 @app.callback()
@@ -26,16 +44,25 @@ def _group() -> None:
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and less text: under a minute.")] = False,
     json: Json = False,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Adapters, report and picture.")] = Path("shira-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="For training batches and generated text.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Adapters, report and picture.")] = Path(
+        "shira-demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="For training batches and generated text.")] = 0,
+    force: _FilesForce = False,
 ) -> None:
-    """Train two adapters on a small language model, switch between them, and show what that brings."""
+    """Train two adapters on a small language model, switch between them, and show what that brings.
+
+    Example: shira demo --quick --output my-demo
+    """
     for package in ("transformers", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise CommandError(f"the demo needs {package}: pip install shira-kernels[train]")
     from shira.demo import run
 
-    found = run.run_demo(run.QUICK if quick else run.FULL, output=output, seed=seed, console=console_for(json))
+    with plainly():
+        found = run.run_demo(
+            run.QUICK if quick else run.FULL, output=output, seed=seed, force=force, console=console_for(json)
+        )
     if json:
         print_json(found.to_dict())
 
@@ -43,17 +70,17 @@ def demo(
 @app.command()
 def report(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Files of two or more adapters.")],
-    base: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE_OR_DIR", help="What they were trained on: a safetensors file or a folder of them."),
-    ] = None,
+    base: _Base = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For report.html, report.png.")] = Path(
         "shira-report"
     ),
     json: Json = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    force: _FilesForce = False,
 ) -> None:
-    """Show how adapters interfere: overlap, AWOM and AWOR, conflicts of sign, energies, tensor by tensor."""
+    """Show how adapters interfere: overlap, AWOM and AWOR, conflicts of sign, energies, tensor by tensor.
+
+    Example: shira report blue.safetensors paint.safetensors --base llama/ -o blue-and-paint
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError("the report needs matplotlib: pip install shira-kernels[train]")
     from shira import interference_report
@@ -85,13 +112,17 @@ def train(
         float, typer.Option("--learning-rate", "--lr", help="At its highest; it then falls to 0.")
     ] = 2e-3,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 256,
-    held_out: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of examples that are only scored.")] = 0.1,
-    seed: Annotated[int, typer.Option(min=0, help="For the split, the order, and masks that draw.")] = 0,
+    held_out: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share of examples that are only scored; 0: none.")
+    ] = 0.1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_LARGEST_SEED, help="For the split, the order, and masks that draw.")
+    ] = 0,
     task: Annotated[
         str | None, typer.Option(help="causal-lm or classification; else what the model's architecture says.")
     ] = None,
     json: Json = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    force: _FilesForce = False,
 ) -> None:
     """Train an adapter for a Hugging Face causal language model or sequence classifier.
 
@@ -116,24 +147,25 @@ def train(
 
     names = target_modules if target_modules == ALL_LINEAR else [name.strip() for name in target_modules.split(",")]
     try:
-        numbers = finetune.run_training(
-            model,
-            data,
-            output=output,
-            config=ShiraConfig(names, mask=mask, density=density, seed=seed),
-            recipe=finetune.Recipe(
-                epochs=epochs,
-                max_steps=max_steps,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                max_length=max_length,
-                held_out=held_out,
-                seed=seed,
-            ),
-            task=task,
-            force=force,
-        )
-    except (ValueError, RuntimeError) as error:
+        with plainly():
+            numbers = finetune.run_training(
+                model,
+                data,
+                output=output,
+                config=ShiraConfig(names, mask=mask, density=density, seed=seed),
+                recipe=finetune.Recipe(
+                    epochs=epochs,
+                    max_steps=max_steps,
+                    batch_size=batch_size,
+                    learning_rate=learning_rate,
+                    max_length=max_length,
+                    held_out=held_out,
+                    seed=seed,
+                ),
+                task=task,
+                force=force,
+            )
+    except RuntimeError as error:
         raise CommandError(str(error)) from None
     if json:
         print_json(numbers)
@@ -144,12 +176,9 @@ def bench(
     adapters: Annotated[
         list[Path] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter files; none: two random adapters.")
     ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE_OR_DIR", help="What they were trained on: a safetensors file or a folder of them."),
-    ] = None,
+    base: _Base = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Of the CPU.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure.")] = 2.0,
     json: Json = False,
 ) -> None:
@@ -179,15 +208,43 @@ add_commands(app)
 
 def main() -> None:
     """The console script: bad input ends with exit code 2 and one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False, prog_name="shira")
+        with _ended_by_exceptions():
+            code = app(standalone_mode=False, prog_name="shira")
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except _USAGE_ERROR as error:
         _fail(error.format_message())  # type: ignore[attr-defined]
-    except (CommandError, OSError) as error:
+    except BrokenPipeError:  # a reader such as `head` has seen enough; it must not be told again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except CommandError as error:
         _fail(str(error))
+    except OSError as error:
+        what, path = error.strerror or str(error), error.filename2 or error.filename  # of two the one that is written
+        _fail(what if path is None else f"{os.fsdecode(path)}: {what}")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _ended_by_exceptions() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, by an exception: so it removes what it has begun to write."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(message: str) -> None:

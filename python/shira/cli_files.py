@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from shira.names import printable
+
 if TYPE_CHECKING:
     from shira.adapter import Adapter
     from shira.difference import Progress
@@ -75,25 +77,26 @@ def info(
         facts = {"file": str(file), "format": form, "bytes": _size(file), **_facts(adapter)}
         facts["indices"] = "stored" if has_indices else "recomputed"
         if base is not None:
-            facts["base"] = fit_of(adapter if has_indices else file, base).reason
+            fit = fit_of(adapter if has_indices else file, base)
+            facts["fits"], facts["base"] = fit.fits, fit.reason
     if json:
         print_json(facts)
         return
     _print_tensors(adapter)
-    print(f"{file}: format {form}, {_summary(adapter)}, {_in_bytes(facts['bytes'])}")
+    _say(f"{file}: format {form}, {_summary(adapter)}, {_in_bytes(facts['bytes'])}")
     if adapter.nnz:
         print(f"{facts['bytes'] / adapter.nnz:.2f} bytes for each entry, all counted")
     if not has_indices:
         print("no indices: they are recomputed from the base, which commands take as --base")
     if adapter.config is not None:
-        print(f"made with {adapter.config}")
+        _say(f"made with {adapter.config}")
     if adapter.provenance is not None:
-        print(f"made of {_shortened(adapter.provenance)}")
+        _say(f"made of {_shortened(adapter.provenance)}")
     unknown = sum(part.checksum is None for part in adapter.values())
     if unknown:
         print(f"no checksum of the base in {unknown} of {len(adapter)} tensors: it cannot be told which it belongs to")
     if base is not None:
-        print(f"the base {base}: {facts['base']}")
+        _say(f"the base {base}: {facts['base']}")
 
 
 def diff(
@@ -179,9 +182,9 @@ def apply(
         )
         return
     files = f"{len(merged.files)} file{'s' if len(merged.files) != 1 else ''}"
-    print(f"{output}: {merged.entries} entries of {len(merged.tensors)} tensors written into {files}")
+    _say(f"{output}: {merged.entries} entries of {len(merged.tensors)} tensors written into {files}")
     if merged.left_out:
-        print(f"not copied: {', '.join(merged.left_out)}")
+        _say(f"not copied: {', '.join(merged.left_out)}")
 
 
 def fuse(
@@ -279,30 +282,30 @@ def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
     def in_words_of_a_command(text: str) -> str:
         for position, file in enumerate(adapters):
             text = text.replace(f"adapters[{position}]", str(file))
-        for argument in ("top", "base", "common"):
+        for argument in ("top", "base", "common", "device", "seconds"):
             text = text.replace(f"`{argument}`", f"--{argument}")
         return printable(text)
 
     own = os.path.dirname(__file__)
-    # transformers would draw bars of its own.
+    alike: dict[str, list[Any]] = {}  # by what follows the tensor's name: the first such warning, how many there are
+
+    def note(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+        if category is UserWarning and filename.startswith(own):
+            alike.setdefault(str(message).rpartition(": ")[2], [str(message), 0])[1] += 1
+
+    # transformers would draw bars and report on weights by itself.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with warnings.catch_warnings(record=True) as seen:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = note
         try:
             yield
         except ValueError as error:
             raise CommandError(in_words_of_a_command(str(error))) from None
-        except OSError as error:
-            if error.filename is None or error.strerror is None:
-                raise
-            raise CommandError(f"{error.filename}: {error.strerror}") from None
         finally:
-            texts = [str(w.message) for w in seen if w.category is UserWarning and w.filename.startswith(own)]
-            alike: dict[str, list[str]] = {}  # but for the tensor's name, with which they begin
-            for text in texts:
-                alike.setdefault(text.rpartition(": ")[2], []).append(text)
-            for first, *others in alike.values():
-                more = f" (and {len(others)} more)" if others else ""
+            for first, number in alike.values():
+                more = f" (and {number - 1} more)" if number > 1 else ""
                 print(f"shira: warning: {in_words_of_a_command(first)}{more}", file=sys.stderr)
 
 
@@ -387,9 +390,9 @@ def _info_of_arrays(file: Path, form: str, json: bool) -> None:
         }
         print_json({"file": str(file), "format": form, "bytes": _size(file), "arrays": shapes})
         return
-    rows = [(printable(n), str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for n, t in arrays.items()]
+    rows = [(n, str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for n, t in arrays.items()]
     _print_table(("array", "shape", "dtype"), rows)
-    print(f"{file}: format {form}, {len(arrays)} arrays, {_in_bytes(_size(file))}")
+    _say(f"{file}: format {form}, {len(arrays)} arrays, {_in_bytes(_size(file))}")
     print("shira convert makes an adapter of it, with the --base that it was made for")
 
 
@@ -398,7 +401,7 @@ def _report_written(adapter: Adapter, output: Path, json: bool, more: dict[str, 
     if json:
         print_json({"output": str(output), **(more or {}), "bytes": size, **_facts(adapter)})
         return
-    print(f"{output}: {_summary(adapter)}, {_in_bytes(size)}")
+    _say(f"{output}: {_summary(adapter)}, {_in_bytes(size)}")
     facts = (adapter.provenance or {}).get("diff") or (adapter.provenance or {}).get("converted") or {}
     if "energy_kept" in facts:
         print(f"{facts['energy_kept']:.1%} of the energy of all changes (the sum of their squares) is kept")
@@ -433,21 +436,21 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("entries", "density") else "left", overflow="fold")
+    for i, column in enumerate(columns):
+        right = column in ("entries", "density")
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=i > 0)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console = Console()
-    if not console.is_terminal:
-        console.width = max(
-            console.width, 10 + sum(max(len(row[i]) for row in [columns, *rows]) + 2 for i in range(len(columns)))
-        )
+    widths = [max(len(row[i]) for row in [columns, *rows]) + 2 for i in range(len(columns))]
+    # Where it is read by no one whole; else only names are folded.
+    least = sum(widths[1:]) + (min(widths[0], 20) if console.is_terminal else widths[0])
+    console.width = max(console.width, least)
     console.print(table)
 
 
-def printable(text: str) -> str:
-    """In one line, and with nothing that a terminal would obey: names may come from anybody's file."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+def _say(text: str) -> None:
+    print(printable(text))
 
 
 def console_for(json: bool) -> Console:

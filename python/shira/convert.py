@@ -31,7 +31,7 @@ from torch import nn
 
 from shira.adapter import DTYPES, Adapter, AdapterTensor, checksum_of
 from shira.attach import check_base, check_fits
-from shira.checkpoint import Base, TensorFolder, open_tensors
+from shira.checkpoint import Base, TensorFolder, open_tensors, save_tensors
 from shira.difference import Energies, Progress, changes, check_top, energy_facts, no_progress, warn_where_not_sparse
 from shira.fusion import deltas, entries_of
 from shira.names import canonical, first_names
@@ -547,8 +547,6 @@ def _named_class(path: Path, architectures: Any) -> Any:
 
 
 def _write_peft_shira(adapter: Adapter, path: Path, base: Base | None, force: bool) -> None:
-    from safetensors.torch import save_file
-
     for name, part in adapter.items():
         if len(part.shape) != 2 or not name.endswith(".weight"):
             raise ValueError(f"{name}: PEFT's SHiRA has weights of linear layers only, not a tensor of {part.shape}")
@@ -585,13 +583,11 @@ def _write_peft_shira(adapter: Adapter, path: Path, base: Base | None, force: bo
     }
     with written_whole(path) as temporary:
         temporary.mkdir()
-        save_file(arrays, temporary / _WEIGHTS, metadata={"format": "pt"})
+        save_tensors(arrays, temporary / _WEIGHTS)
         (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write_patch(adapter: Adapter, path: Path, base: Base | None, force: bool) -> None:
-    from safetensors.torch import save_file
-
     weights = None if base is None else _Weights(base, trusted=False)
     arrays: dict[str, torch.Tensor] = {}
     for label, part in adapter.items():
@@ -610,4 +606,4 @@ def _write_patch(adapter: Adapter, path: Path, base: Base | None, force: bool) -
         indices = part.indices.int() if part.numel < 2**31 else part.indices.long()
         arrays |= {f"{name}.indices": indices.clone(), f"{name}.values": values.clone()}
     with written_whole(path) as temporary:
-        save_file(arrays, temporary, metadata={"format": "pt"})
+        save_tensors(arrays, temporary)

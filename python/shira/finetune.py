@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ import shira
 from shira.config import ShiraConfig
 from shira.io import write_atomically
 from shira.masks import needs_gradient
-from shira.output import check_apart
+from shira.names import printable
+from shira.output import check_files_free
 
 FILES = ("adapter.safetensors", "training.json", "training.png")
 TASKS = {  # the ends of their architectures' names
@@ -29,6 +31,7 @@ TASKS = {  # the ends of their architectures' names
     "classification": ("ForSequenceClassification",),
 }
 _CALIBRATION_BATCHES = 8
+_MOST = 10**9  # of epochs, steps, and examples in a step
 _IGNORED = -100  # a label that no loss counts
 _INK = "#303438"
 
@@ -45,8 +48,11 @@ class Recipe:
         batch_size: examples in a step.
         learning_rate: at its highest, after `warmup` (share of the steps) linear steps; it then falls linearly to 0.
         max_length: tokens of an example; more are cut off, or in a text file begin the next example.
-        held_out: share of the examples that are not trained on, but scored before and after.
+        held_out: share of the examples that are not trained on, but scored before and after: at least one, of 0 none.
         seed: for the split, the order of examples, dropout, and masks that draw.
+
+    Raises:
+        ValueError: a number that nothing can be trained with.
     """
 
     epochs: float = 3.0
@@ -58,6 +64,17 @@ class Recipe:
     max_length: int = 256
     held_out: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epochs <= _MOST:
+            raise ValueError(f"--epochs must be above 0 and at most {_MOST}, got {self.epochs}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate must be finite and above 0, got {self.learning_rate}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"--held-out must be a share from 0 to below 1, got {self.held_out}")
+        for option, number in (("max-steps", self.max_steps), ("batch-size", self.batch_size)):
+            if number > _MOST:
+                raise ValueError(f"--{option} must be at most {_MOST}, got {number}")
 
     def steps(self, examples: int) -> int:
         """Of the optimizer."""
@@ -71,7 +88,8 @@ class Training:
 
     Attributes:
         losses: of each step.
-        held_out_before, held_out_after: `loss` on held-out examples, and `accuracy` where classes are learned.
+        held_out_before, held_out_after: `loss` on held-out examples, and `accuracy` where classes are learned; empty
+            without such examples.
     """
 
     adapter: shira.Adapter
@@ -121,18 +139,8 @@ def run_training(
     began = time.perf_counter()
     console = console or Console(stderr=True)
     if task is not None and task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    if not 0 < recipe.epochs < math.inf:
-        raise ValueError(f"epochs must be finite and above 0, got {recipe.epochs}")
-    written = [output / name for name in FILES]
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output}: not a folder")
-    for path in written:
-        check_apart(path, [model_folder, data])
-    if there := [str(path) for path in written if path.is_dir() or (path.exists() and not force)]:
-        raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
-    with tempfile.TemporaryFile(dir=next(place for place in (output, *output.parents) if place.exists())):
-        pass  # a place that cannot be written to is found before the training, not after it
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {task!r}")
+    check_files_free(output, FILES, [model_folder, data], force)
     records = read_records(data)
     task = task or task_of(model_folder)
     with console.status("loading the model"):
@@ -297,13 +305,12 @@ def _label(record: Mapping[str, Any], model_config: Any, data: Path) -> int:
 
 
 def split(examples: list[Example], recipe: Recipe, data: Path) -> tuple[list[Example], list[Example]]:
-    """What is trained on, and what is held out: at least one example each."""
-    if len(examples) < 2:
-        raise ValueError(
-            f"{data}: has {len(examples)} example(s) of at most {recipe.max_length} tokens; two are needed"
-        )
+    """What is trained on, and what is held out: at least one example each, but none of a share of 0."""
+    if len(examples) < (2 if recipe.held_out else 1):
+        needed = "two are needed, or --held-out 0" if recipe.held_out else "one is needed"
+        raise ValueError(f"{data}: has {len(examples)} example(s) of at most {recipe.max_length} tokens; {needed}")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    held_out = min(len(examples) - 1, max(1, round(recipe.held_out * len(examples))))
+    held_out = min(len(examples) - 1, max(1, round(recipe.held_out * len(examples)))) if recipe.held_out else 0
     return [examples[i] for i in order[held_out:]], [examples[i] for i in order[:held_out]]
 
 
@@ -367,11 +374,11 @@ def train(
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             note = TextColumn("{task.fields[note]}")
             with Progress(*columns, note, console=console, transient=True, disable=not console.is_terminal) as progress:
-                before = _scores(trainer.evaluate())
+                before = _scores(trainer.evaluate()) if held_out else {}
                 curve.watch(progress)
                 trainer.train()
-                after = _scores(trainer.evaluate())
-            if not all(math.isfinite(loss) for loss in (*curve.losses, after["loss"])):
+                after = _scores(trainer.evaluate()) if held_out else {}
+            if not all(math.isfinite(loss) for loss in (*curve.losses, *after.values())):
                 raise RuntimeError("the loss is not finite: try a lower --learning-rate")
             adapter = handle.adapter()
         finally:
@@ -421,21 +428,33 @@ def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
 def picture(found: Training) -> bytes:
     """The training curve as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     steps = range(1, len(found.losses) + 1)
     window = max(1, len(found.losses) // 20)
-    smooth = [sum(part) / len(part) for part in (found.losses[max(0, i - window) : i] for i in steps)]
-    axes.plot(steps, found.losses, color="#2f6fb5", alpha=0.3, linewidth=1)
-    axes.plot(steps, smooth, color="#2f6fb5", linewidth=2, label="training, each batch and a running mean")
-    ends = [found.held_out_before["loss"], found.held_out_after["loss"]]
-    axes.plot([0, len(found.losses)], ends, "o", color="#d9772b", label="held out, before and after", clip_on=False)
-    for step, loss in zip((0, len(found.losses)), ends, strict=True):
-        axes.annotate(f"{loss:.3f}", (step, loss), (0, 9), textcoords="offset points", ha="center", color="#d9772b")
+    near = window // 2  # on either side
+    parts = [found.losses[max(0, i - near) : i + near + 1] for i in range(len(found.losses))]
+    smooth = [sum(part) / len(part) for part in parts]
+    label = "training, each batch"
+    if window > 1:
+        axes.plot(steps, found.losses, color="#2f6fb5", alpha=0.3, linewidth=1)
+        label += f" and the mean of {2 * near + 1}"
+    axes.plot(steps, smooth, ".-" if window == 1 else "-", color="#2f6fb5", linewidth=2, label=label)
+    title = f"{found.adapter.nnz} entries, {found.adapter.density:.2%} of the tensors"
+    if found.held_out_examples:
+        ends = [found.held_out_before["loss"], found.held_out_after["loss"]]
+        axes.plot([0, len(found.losses)], ends, "o", color="#d9772b", label="held out, before and after", clip_on=False)
+        for step, loss in zip((0, len(found.losses)), ends, strict=True):
+            axes.annotate(f"{loss:.3f}", (step, loss), (0, 9), textcoords="offset points", ha="center", color="#d9772b")
+    else:
+        title += "; no example was held out"
+    axes.margins(y=0.1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("step", color=_INK)
     axes.set_ylabel("loss (nats)", color=_INK)
-    axes.set_title(f"{found.adapter.nnz} entries, {found.adapter.density:.2%} of the tensors", loc="left", color=_INK)
+    axes.set_title(title, loc="left", color=_INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     buffer = io.BytesIO()
@@ -445,16 +464,19 @@ def picture(found: Training) -> bytes:
 
 def _show(found: Training, model_folder: Path, output: Path, console: Console) -> None:
     before, after = found.held_out_before, found.held_out_after
+    if not found.held_out_examples:
+        console.print("no example was held out: how well others are predicted is not known")
     for name in after:
         console.print(f"held-out {name}: {before[name]:.4g} before, {after[name]:.4g} after")
     adapter = output / "adapter.safetensors"
     console.print(
-        f"{escape(str(adapter))}: {found.adapter.nnz} entries, {adapter.stat().st_size / 1e6:.2f} MB, "
+        f"{escape(printable(str(adapter)))}: {found.adapter.nnz} entries, {adapter.stat().st_size / 1e6:.2f} MB, "
         f"{found.seconds:.0f} s; curve in training.png",
         soft_wrap=True,
     )
     console.print("to use it, merge it into a copy of the model:", soft_wrap=True)
-    console.print(f"  shira apply {escape(str(model_folder))} {escape(str(adapter))} -o MERGED", soft_wrap=True)
+    command = shlex.join(["shira", "apply", str(model_folder), str(adapter), "-o", "MERGED"])
+    console.print(f"  {escape(printable(command))}", soft_wrap=True)
     console.print(
         f'or switch it in live weights: shira.ResidentAdapters(model).add("name", {escape(repr(str(adapter)))})',
         soft_wrap=True,

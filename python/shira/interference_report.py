@@ -24,7 +24,8 @@ from shira.adapter import Adapter
 from shira.fusion import Base
 from shira.io import write_atomically
 from shira.metrics import Interference, Overlap, as_deltas, energy_of, interference_of, overlap_of, pairs
-from shira.output import check_apart
+from shira.names import printable
+from shira.output import check_files_free
 
 _INK = "#303438"
 _COLOURS = (
@@ -104,16 +105,11 @@ def run_report(
     if len(files) < 2:
         raise ValueError(f"two or more adapters are needed, got {len(files)}")
     stems = [file.stem for file in files]
-    names = [file.stem if stems.count(file.stem) == 1 else str(file) for file in files]
+    names = [printable(file.stem if stems.count(file.stem) == 1 else str(file)) for file in files]
     if len(set(names)) < len(names):
         raise ValueError(f"an adapter is given twice: {', '.join(names)}")
-    written = [output / "report.html", output / "report.png"]
-    for path in written:
-        check_apart(path, [*files, *([base] if base else [])])
-    if there := [str(path) for path in written if path.is_dir() or (path.exists() and not force)]:
-        raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
+    check_files_free(output, ("report.html", "report.png"), [*files, *([base] if base else [])], force)
     adapters = {name: Adapter.load(file, base=base) for name, file in zip(names, files, strict=True)}
-    output.mkdir(parents=True, exist_ok=True)
 
     progress_console = Console(stderr=True)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
@@ -126,6 +122,7 @@ def run_report(
             progress.update(task, completed=done, total=total, description=what)
 
         found = compare(adapters, base, show)
+    output.mkdir(parents=True, exist_ok=True)
     write(found, output)
     _print_summary(found, output, console or Console())
     return found
@@ -220,7 +217,8 @@ def _print_summary(found: Comparison, output: Path, console: Console) -> None:
     console.print(table)
     for note in found.notes:
         console.print(note, markup=False, highlight=False)
-    console.print(f"{output / 'report.html'}, {output / 'report.png'}", markup=False, highlight=False, soft_wrap=True)
+    written = printable(f"{output / 'report.html'}, {output / 'report.png'}")
+    console.print(written, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -357,6 +355,7 @@ def picture(found: Comparison) -> bytes:
 
     measures = _measures(found)
     style = {
+        "text.parse_math": False,  # names may have dollars
         "font.size": 9.5,
         "axes.titlesize": 10.5,
         "axes.titleweight": "bold",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,8 +80,12 @@ def run_bench(
     """
     if bool(files) != (base is not None):
         raise ValueError("adapters need the base that they were made for, --base" if files else "--base needs adapters")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: torch finds no GPU")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"`device` must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device` cuda: torch finds no GPU")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"`seconds` must be finite and not negative, got {seconds}")
     adapters = {file.stem: Adapter.load(file, base=base) for file in files}
     if len(adapters) < len(files):
         raise ValueError(f"two adapters have the same name: {', '.join(file.stem for file in files)}")

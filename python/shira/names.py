@@ -1,4 +1,4 @@
-"""Names of tensors: those of the model's state dict, whatever wrappers are around the model."""
+"""Names of tensors: those of the model's state dict, whatever wrappers are around the model. How names are shown."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def resolve(model: nn.Module, name: str) -> nn.Parameter:
         if canonical(own) == wanted:
             return parameter
     raise ValueError(f"the model has no parameter {name!r}")
+
+
+def printable(text: str) -> str:
+    """In one line, and with nothing that a terminal would obey: names may come from anybody's file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

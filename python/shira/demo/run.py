@@ -21,9 +21,12 @@ from torch import nn
 
 import shira
 from shira.demo import base, corpus, report
+from shira.names import printable
+from shira.output import check_files_free
 
 ADAPTERS = ("cpp", "prose")
 STATES = ("base", *ADAPTERS)
+FILES = (*(f"{name}.safetensors" for name in ADAPTERS), "report.md", "report.png")
 CONFIG = shira.ShiraConfig("all-linear", mask="wm", density=0.01)
 PEAK_LR = 6e-2  # of values whose magnitudes are the largest of each weight
 BETAS = (0.7, 0.99)
@@ -80,14 +83,18 @@ class Results:
         }
 
 
-def run_demo(effort: Effort, *, output: Path, seed: int = 0, console: Console | None = None) -> Results:
+def run_demo(
+    effort: Effort, *, output: Path, seed: int = 0, force: bool = False, console: Console | None = None
+) -> Results:
     """Runs it all. Writes adapters, `report.md` and `report.png` to `output`.
 
-    Raises OSError if something cannot be written, before any work where that can be known.
+    Raises:
+        ValueError: one of these is there and `force` is not given. Nothing was written then.
+        OSError: something cannot be written; before any work where that can be known.
     """
     began = time.perf_counter()
     console = console or Console()
-    output.mkdir(parents=True, exist_ok=True)
+    check_files_free(output, FILES, [], force)
     _quiet_transformers()
 
     with console.status("loading the base model and text of installed packages"):
@@ -108,6 +115,7 @@ def run_demo(effort: Effort, *, output: Path, seed: int = 0, console: Console | 
             adapter, curves[name] = train(
                 model, train_texts[name], effort.steps[name], effort.batch, seed, name, progress
             )
+            output.mkdir(parents=True, exist_ok=True)
             adapter.save(output / f"{name}.safetensors")
 
     bank = shira.ResidentAdapters(model)
@@ -148,7 +156,9 @@ def run_demo(effort: Effort, *, output: Path, seed: int = 0, console: Console | 
     )
     _show(results, console)
     report.write(results, output)
-    console.print(f"adapters, report.md and report.png are in {escape(str(output))}; {results.seconds:.0f} s in all")
+    console.print(
+        f"adapters, report.md and report.png are in {escape(printable(str(output)))}; {results.seconds:.0f} s in all"
+    )
     return results
 
 
