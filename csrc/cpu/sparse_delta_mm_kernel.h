@@ -10,17 +10,49 @@
 //
 // What was measured (4096 x 4096, 1 %, one thread, entries and x in cache, AVX-512): 0.9 ns an entry for 8 tokens, 1.0
 // for 16, 1.4 for 32, 2.6 for 64, which is 40 bytes a cycle from the second cache (1.6 where the first holds the
-// panel); 128 tokens take 7.2, for their panel fills the second cache. Not faster: a second or fourth sum a row,
-// prefetches of the panel, a panel of bfloat16 that is widened when it is read (2.5 ns for 64 tokens; 2.2 on huge pages
-// with 128), its pairs of entries by AVX512-BF16 (2.5). What is beside the entries: packing is a tenth, out a fifth of
-// 64 tokens' time. Its rows lie far apart, often in one set of the first cache, so their lines are asked for a square
-// ahead, and once more when their turn comes.
+// panel). A panel of bfloat16 takes 2.3 for 64, and 16 to 20 % off all the op, since packing takes half the time, and
+// out no shuffles to widen and narrow: it is one load of 32 tokens, two unpackings and two products, and the ports that
+// shuffle are what counts, so values are spread by loads. Not faster: a second or fourth sum a row, prefetches of the
+// panel, shifts and masks in place of unpackings (2.6), pairs of entries by AVX512-BF16 (2.6: vdpbf16ps takes two
+// cycles; its bits are those of two products added one by one), squares of 64 rows. 128 tokens of bfloat16 take 2.2 for
+// each 64 where nothing else uses the second cache, else more than 64 do. What is beside the entries: packing is a
+// tenth, out a fifth of 64 tokens' time. Its rows lie far apart, often in one set of the first cache, so their lines
+// are asked for a square ahead, and once more when their turn comes.
 #pragma once
 
 #include "kernels.h"
 #include "vectors.h"
 
 namespace shira::SHIRA_ISA {
+
+// Wide panels of bfloat16 keep it, as vectors of packed numbers: half the bytes that come from the second cache.
+template <class T, int kTokens>
+constexpr bool kPacked = std::is_same_v<T, BFloat16> && SHIRA_VECTOR_BYTES == 64 && kTokens >= 2 * kLanes<float>;
+
+template <int kTokens, class V, class Col>
+inline void row_sums(const BFloat16* panel, const Col* col, const V* values, int64_t count, float* sums) {
+  constexpr int W = kLanes<float>, N = kTokens / (2 * W);
+  Vector<float> added[2 * N] = {};
+  const auto add = [&](int64_t e, Vector<float> value) {
+    const BFloat16* x = panel + static_cast<int64_t>(col[e]) * kTokens;
+    for (int k = 0; k < N; ++k) {
+      auto numbers = load<Vector<BFloat16>>(x + k * 2 * W);
+      asm("" : "+v"(numbers));  // else compilers load them for each half, and the second cache's time is what counts
+      added[2 * k] = add_product(added[2 * k], value, unpacked<0>(numbers));
+      added[2 * k + 1] = add_product(added[2 * k + 1], value, unpacked<1>(numbers));
+    }
+  };
+  int64_t e = 0;
+  if constexpr (std::is_same_v<V, BFloat16>)
+    for (; e + 2 <= count; e += 2) {
+      // A load spreads 32 bits, without the shuffles that 16 take.
+      const Lanes<uint32_t, W> two = load<uint32_t>(values + e) - Lanes<uint32_t, W>{};
+      add(e, (Vector<float>)(two << 16));
+      add(e + 1, (Vector<float>)(two & 0xffff0000u));
+    }
+  for (; e < count; ++e) add(e, widen(values[e]) - Vector<float>{});
+  memcpy(sums, added, sizeof(added));
+}
 
 // The sums of one row, for all tokens of the panel.
 template <int kTokens, class S, class V, class Col>
@@ -44,20 +76,33 @@ struct PanelEnds {
   static constexpr int kSquare = kTokens < kLanes<S> ? kTokens : kLanes<S>;
   static constexpr int kRows = kSquare * static_cast<int>(sizeof(S) / sizeof(T));
 
+  using Number = std::conditional_t<kPacked<T, kTokens>, T, S>;  // of the panel
+
   static void pack(const TokenBlock& block, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(block.x);
-    S* panel = static_cast<S*>(block.panel);
+    auto* panel = static_cast<Number*>(block.panel);
     // Tokens beyond the last are the last again: their sums are not used.
     const auto row = [&](int64_t t) { return x + block.tokens[t < block.count ? t : block.count - 1] * block.columns; };
-    for (int t = 0; t < kTokens; t += kSquare) {
-      int64_t c = begin;
-      if constexpr (std::is_same_v<T, BFloat16>)
-        for (; c + 2 * kSquare <= end; c += 2 * kSquare)
-          copy_square_of_pairs<kSquare>([&](int i) { return row(t + i) + c; }, panel + c * kTokens + t, kTokens);
-      for (; c + kSquare <= end; c += kSquare)
-        copy_square<kSquare>([&](int i) { return row(t + i) + c; }, panel + c * kTokens + t, kTokens);
-      for (; c < end; ++c)
-        for (int i = 0; i < kSquare; ++i) panel[c * kTokens + t + i] = widen(row(t + i)[c]);
+    if constexpr (kPacked<T, kTokens>) {
+      constexpr int W = 2 * kSquare;
+      for (int t = 0; t < kTokens; t += W) {
+        int64_t c = begin;
+        for (; c + W <= end; c += W)
+          copy_square_packed([&](int i) { return row(t + i) + c; }, panel + c * kTokens + t, kTokens);
+        for (; c < end; ++c)
+          for (int i = 0; i < W; ++i) panel[c * kTokens + t + packed_place(i)] = row(t + i)[c];
+      }
+    } else {
+      for (int t = 0; t < kTokens; t += kSquare) {
+        int64_t c = begin;
+        if constexpr (std::is_same_v<T, BFloat16>)
+          for (; c + 2 * kSquare <= end; c += 2 * kSquare)
+            copy_square_of_pairs<kSquare>([&](int i) { return row(t + i) + c; }, panel + c * kTokens + t, kTokens);
+        for (; c + kSquare <= end; c += kSquare)
+          copy_square<kSquare>([&](int i) { return row(t + i) + c; }, panel + c * kTokens + t, kTokens);
+        for (; c < end; ++c)
+          for (int i = 0; i < kSquare; ++i) panel[c * kTokens + t + i] = widen(row(t + i)[c]);
+      }
     }
   }
 
@@ -85,15 +130,42 @@ struct PanelEnds {
   }
 
   static void write_all(const TokenBlock& block, int64_t row, const S* sums) {
-    for (int64_t t = 0; t < block.count; t += kSquare) {
-      const int64_t count = block.count - t < kSquare ? block.count - t : kSquare;
-      // The panel has driven them out of the first cache since.
-      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(out_of(block, t + i, row), 1);
-      for (int64_t r = 0; r < kRows; r += kSquare) {
-        Lanes<S, kSquare> square[kSquare];
-        for (int i = 0; i < kSquare; ++i) square[i] = load<Lanes<S, kSquare>>(sums + (r + i) * kTokens + t);
-        transpose<1>(square);
-        for (int64_t i = 0; i < count; ++i) write<kSquare>(out_of(block, t + i, row + r), square[i], block.accumulate);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      // Two rows' numbers of a token are 32 bits of out: the even rows are transposed, and the odd ones, and nothing is
+      // shuffled to widen and to narrow.
+      using Pairs = Lanes<uint32_t, kSquare>;
+      for (int64_t t = 0; t < block.count; t += kSquare) {
+        const int64_t count = block.count - t < kSquare ? block.count - t : kSquare;
+        for (int64_t i = 0; i < count; ++i) __builtin_prefetch(out_of(block, t + i, row), 1);
+        Lanes<S, kSquare> even[kSquare], odd[kSquare];
+        for (int i = 0; i < kSquare; ++i) even[i] = load<Lanes<S, kSquare>>(sums + 2 * i * kTokens + t);
+        transpose<1>(even);
+        for (int i = 0; i < kSquare; ++i) odd[i] = load<Lanes<S, kSquare>>(sums + (2 * i + 1) * kTokens + t);
+        transpose<1>(odd);
+        for (int64_t i = 0; i < count; ++i) {
+          T* out = out_of(block, t + i, row);
+          if (block.accumulate) {
+            const auto old = load<Pairs>(out);
+            even[i] = (Lanes<S, kSquare>)(old << 16) + even[i];
+            odd[i] = (Lanes<S, kSquare>)(old & 0xffff0000u) + odd[i];
+          }
+          const Pairs kept =
+              rounded_to_bfloat16<kSquare>(even[i]) >> 16 | (rounded_to_bfloat16<kSquare>(odd[i]) & 0xffff0000u);
+          memcpy(out, &kept, sizeof(kept));
+        }
+      }
+    } else {
+      for (int64_t t = 0; t < block.count; t += kSquare) {
+        const int64_t count = block.count - t < kSquare ? block.count - t : kSquare;
+        // The panel has driven them out of the first cache since.
+        for (int64_t i = 0; i < count; ++i) __builtin_prefetch(out_of(block, t + i, row), 1);
+        for (int64_t r = 0; r < kRows; r += kSquare) {
+          Lanes<S, kSquare> square[kSquare];
+          for (int i = 0; i < kSquare; ++i) square[i] = load<Lanes<S, kSquare>>(sums + (r + i) * kTokens + t);
+          transpose<1>(square);
+          for (int64_t i = 0; i < count; ++i)
+            write<kSquare>(out_of(block, t + i, row + r), square[i], block.accumulate);
+        }
       }
     }
   }
@@ -104,7 +176,7 @@ void run_panel(const TokenBlock& block, const CsrRows& rows, const void* values)
   using Ends = PanelEnds<T, kTokens>;
   using S = typename Ends::S;
   constexpr int kRows = Ends::kRows;
-  const S* panel = static_cast<const S*>(block.panel);
+  const auto* panel = static_cast<const typename Ends::Number*>(block.panel);
   const Col* col = static_cast<const Col*>(rows.col) + rows.shift;
   const V* value = static_cast<const V*>(values) + rows.shift;
   alignas(64) S sums[kRows * kTokens];
@@ -129,19 +201,19 @@ void run_panel(const TokenBlock& block, const CsrRows& rows, const void* values)
 template <class T, class V, class Col, int kTokens>
 constexpr SparseDeltaMm delta_panel() {
   using Ends = PanelEnds<T, kTokens>;
-  return {Ends::pack, run_panel<T, V, Col, kTokens>, kTokens, sizeof(typename Ends::S)};
+  return {Ends::pack, run_panel<T, V, Col, kTokens>, kTokens, sizeof(typename Ends::Number)};
 }
 
 constexpr int64_t kDeltaPanelBytes = 3 << 19;  // no wider panel than stays in a second cache of 2 MB beside the entries
 
 template <class T, class V, class Col>
 SparseDeltaMm delta_panel_of(int64_t columns, int64_t tokens) {
-  using S = typename Compute<T>::type;
-  const auto fits = [&](int64_t width) {
-    return columns * width * static_cast<int64_t>(sizeof(S)) <= kDeltaPanelBytes;
+  const auto fits = [&](const SparseDeltaMm& kernel) {
+    return columns * kernel.tokens * kernel.token_bytes <= kDeltaPanelBytes;
   };
-  if (tokens > 32 && fits(64)) return delta_panel<T, V, Col, 64>();
-  if (tokens > 16 && fits(32)) return delta_panel<T, V, Col, 32>();
+  constexpr SparseDeltaMm of_64 = delta_panel<T, V, Col, 64>(), of_32 = delta_panel<T, V, Col, 32>();
+  if (tokens > 32 && fits(of_64)) return of_64;
+  if (tokens > 16 && fits(of_32)) return of_32;
   if (tokens > 8) return delta_panel<T, V, Col, 16>();
   if (tokens > 4) return delta_panel<T, V, Col, 8>();
   return delta_panel<T, V, Col, 4>();

@@ -14,7 +14,8 @@
 //
 // What was measured (1024 x 1024, 1.4 %, one thread, AVX-512), in the time of the gathers alone: 1.9 in cache, and 1.3
 // where entries come from memory, for reading these takes as long as the gathers. A gather for each row, which leaves
-// lanes idle, and a check in a pass of its own took 2.2 and 1.8, and an adapter in pages, cut into pieces, a third more.
+// lanes idle, and a check in a pass of its own took 2.2 and 1.8, and an adapter in pages, cut into pieces, a third
+// more.
 #pragma once
 
 #include "kernels.h"

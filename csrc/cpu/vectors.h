@@ -112,6 +112,13 @@ inline Lanes<typename Compute<T>::type, N> widened(const T* from) {
   }
 }
 
+// The upper half of each is the number's bfloat16, rounded as narrow() does; of the lower ones nothing is known.
+template <int N>
+inline Lanes<uint32_t, N> rounded_to_bfloat16(Lanes<float, N> from) {
+  const auto bits = (Lanes<uint32_t, N>)from;
+  return from != from ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 // N neighbours, rounded as narrow() does.
 template <int N, class T>
 inline void store_narrowed(Lanes<typename Compute<T>::type, N> from, T* to) {
@@ -120,9 +127,7 @@ inline void store_narrowed(Lanes<typename Compute<T>::type, N> from, T* to) {
   } else if constexpr (N == 1) {
     *to = narrow<T>(from);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto bits = (Lanes<uint32_t, N>)from;
-    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const auto kept = truncated<N>(from != from ? (bits >> 16) | 0x40u : rounded);
+    const auto kept = truncated<N>(rounded_to_bfloat16<N>(from) >> 16);
     memcpy(to, &kept, sizeof(kept));
   } else {
     float numbers[N];
@@ -174,6 +179,46 @@ inline void copy_square_of_pairs(const Row& row, float* to, int64_t stride) {
   transpose<1>(pairs);
   for (int i = 0; i < N; ++i) {
     const Lanes<uint32_t, N> even = pairs[i] << 16, odd = pairs[i] & 0xffff0000u;
+    memcpy(to + 2 * i * stride, &even, sizeof(even));
+    memcpy(to + (2 * i + 1) * stride, &odd, sizeof(odd));
+  }
+}
+
+// Two vectors of as many numbers as are lanes of float, in one of bfloat16: four of one and four of the other in each
+// 128 bits, so that one instruction widens half of them. Number i of the first is at packed_place(i), number i of the
+// second at packed_place(lanes + i).
+constexpr int64_t packed_place(int64_t i) { return i % kLanes<float> / 4 * 8 + i / kLanes<float> * 4 + i % 4; }
+
+template <int kWhich, size_t... lane>
+inline Vector<float> unpacked(Vector<BFloat16> numbers, std::index_sequence<lane...>) {
+  return (Vector<float>)shuffled(
+      Vector<BFloat16>{}, numbers,
+      std::index_sequence<(lane % 2 * sizeof...(lane) + lane / 8 * 8 + kWhich * 4 + lane % 8 / 2)...>());
+}
+template <int kWhich>
+inline Vector<float> unpacked(Vector<BFloat16> numbers) {
+  return unpacked<kWhich>(numbers, std::make_index_sequence<kLanes<uint16_t>>());
+}
+
+// Packs the lower halves of 32 bits of both, or the upper ones.
+template <int kHalf, size_t... lane>
+inline Vector<BFloat16> packed(Vector<uint32_t> first, Vector<uint32_t> second, std::index_sequence<lane...>) {
+  return shuffled((Vector<BFloat16>)first, (Vector<BFloat16>)second,
+                  std::index_sequence<(lane % 8 / 4 * sizeof...(lane) + lane / 8 * 8 + lane % 4 * 2 + kHalf)...>());
+}
+
+// A square of bfloat16, transposed and packed: columns from as many rows as one vector has numbers.
+template <class Row>
+inline void copy_square_packed(const Row& row, BFloat16* to, int64_t stride) {
+  constexpr int W = kLanes<float>;
+  constexpr auto kLane = std::make_index_sequence<2 * W>();
+  Vector<uint32_t> halves[2][W];
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < W; ++i) halves[half][i] = load<Vector<uint32_t>>(row(half * W + i));
+    transpose<1>(halves[half]);
+  }
+  for (int i = 0; i < W; ++i) {
+    const auto even = packed<0>(halves[0][i], halves[1][i], kLane), odd = packed<1>(halves[0][i], halves[1][i], kLane);
     memcpy(to + 2 * i * stride, &even, sizeof(even));
     memcpy(to + (2 * i + 1) * stride, &odd, sizeof(odd));
   }
