@@ -135,9 +135,10 @@ def test_a_row_without_entries_keeps_its_bits(isa: str, dtype: torch.dtype) -> N
     x, row_ptr, col, values = case(9, mask, dtype)
     odd = torch.tensor([-0.0, float("nan"), float("inf")], dtype=dtype)
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    odd = torch.cat([odd, (odd[1:2].view(integer) + 1).view(dtype)])  # a NaN with a payload
+    infinity = odd[2:].view(integer)
+    odd = torch.cat([odd, (odd[1:2].view(integer) + 1).view(dtype), (infinity + 1).view(dtype)])  # NaNs with payloads
     for tokens in (1, 2, 8, 9):
-        old = odd.repeat(40).repeat(tokens, 1)[:, :40].contiguous()
+        old = odd.repeat(40)[:40].repeat(tokens, 1)
         out = add_within_canaries(
             isa, old, lambda out, n=tokens: ops.add_sparse_delta_mm(out, x[:n], row_ptr, col, values)
         )
@@ -247,16 +248,25 @@ def test_pages(isa: str, size: int, dtype: torch.dtype, adapters: list[int]) -> 
 def test_rows_of_any_length_for_a_token_that_is_alone(isa: str, dtype: torch.dtype) -> None:
     """In pages or not they have the same bits, however many rows are taken at a time."""
     columns = 3000
-    lengths = [0, 1, 15, 16, 17, 32, 33, 48, 49, 63, 64, 65, 130, 1023, 1024, 1025, 2048, 2049, 3000]
-    for share in (1, 3, 8, len(lengths)):  # of the lengths, shortest first
-        mask = torch.zeros(3 * share + 16, columns, dtype=torch.bool)
+    for lengths in (
+        [0],
+        [0, 1, 15, 16],
+        [5, 17, 31, 32],
+        [0, 33, 47, 48],
+        [49, 64, 0, 63, 50],
+        [0, 65, 80, 70, 1],
+        [130, 0, 100, 5, 0, 0, 200],
+        [1023, 0, 1024, 1025, 2, 2048, 2049, 3000],
+    ):
+        mask = torch.zeros(35, columns, dtype=torch.bool)
         for row in range(len(mask)):
-            length = lengths[row * 7 % share]
+            length = lengths[row % len(lengths)]
             mask[row, torch.randperm(columns, generator=torch.Generator().manual_seed(row))[:length]] = True
         x, row_ptr, col, values = case(1, mask, dtype)
         check_all(isa, 1, mask, dtype)
         with Backend("cpu", isa=isa).running(3):
             whole = ops.sparse_delta_mm(x, row_ptr, col, values, len(mask))
+            assert not whole[:, ~mask.any(1)].signbit().any()
             for size in (7, 1000):
                 pages = -(-col.numel() // size)
                 table = torch.arange(pages, dtype=torch.int32).flip(0)
@@ -275,7 +285,7 @@ def test_rows_of_any_length_for_a_token_that_is_alone(isa: str, dtype: torch.dty
 
 
 def paged_arguments() -> dict[str, Any]:
-    masks = [random_mask(30, 40, 0.1, seed=1), random_mask(30, 40, 0.2, seed=2)]
+    masks = [random_mask(30, 40, density, seed=seed) for seed, density in ((1, 0.1), (2, 0.2), (3, 0.1))]
     row_ptr, col, values, table = pages_of(masks, [case(1, mask, torch.float32)[3] for mask in masks], 16, 0)
     return {
         "out": torch.zeros(3, 30),
@@ -290,7 +300,7 @@ def paged_arguments() -> dict[str, Any]:
 
 @each_isa
 @pytest.mark.parametrize("col_dtype", [torch.uint16, torch.int32], ids=str)
-@pytest.mark.parametrize("adapters", [[1, -1, 1], [1, -1, 0]], ids=["together", "alone"])
+@pytest.mark.parametrize("adapters", [[1, -1, 1], [1, -1, 0], [1, -1, 2]], ids=str)
 def test_bad_contents_are_found_wherever_they_are(isa: str, col_dtype: torch.dtype, adapters: list[int]) -> None:
     """Each entry made wrong in turn, in and between pages; nothing is written."""
     with backends.use("cpu", isa=isa):
@@ -330,10 +340,10 @@ def test_bad_contents_are_found_wherever_they_are(isa: str, col_dtype: torch.dty
                 changed[1, page] = number
                 with pytest.raises(RuntimeError, match="page_table of adapter 1 must lie in"):
                     ops.add_sparse_delta_mm_batched(**{**good, "page_table": changed})
-        for adapter in (-2, 2):
+        for adapter in (-2, 3):
             changed = good["token_adapter"].clone()
             changed[2] = adapter
-            with pytest.raises(RuntimeError, match=rf"token_adapter must lie in \[-1, 2\), got {adapter}"):
+            with pytest.raises(RuntimeError, match=rf"token_adapter must lie in \[-1, 3\), got {adapter}"):
                 ops.add_sparse_delta_mm_batched(**{**good, "token_adapter": changed})
         assert not good["out"].any()
 
@@ -361,6 +371,15 @@ def test_a_long_list_is_checked_to_its_end(isa: str) -> None:
         for tokens in (1, 2):
             with pytest.raises(RuntimeError, match=r"col must lie in \[0, 2900\)"):
                 ops.sparse_delta_mm(x[:tokens, :2900], row_ptr, col, values, 100)
+
+
+@each_isa
+def test_columns_do_not_fit_a_layer_without_any(isa: str) -> None:
+    _, row_ptr, col, values = case(1, torch.ones(3, 1, dtype=torch.bool), torch.float32)
+    with backends.use("cpu", isa=isa):
+        for tokens in (1, 2):
+            with pytest.raises(RuntimeError, match=r"col must lie in \[0, 0\), got 0"):
+                ops.sparse_delta_mm(torch.zeros(tokens, 0), row_ptr, col, values, 3)
 
 
 @each_isa

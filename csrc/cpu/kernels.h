@@ -83,9 +83,10 @@ struct DeltaEntries {
 // A token that is alone with its adapter.
 struct SparseDeltaToken {
   void (*widen)(const void* x, int64_t count, void* to);  // null where sums are of x's own type
-  // Writes the sums of rows [begin, end) for a widened x, in whole memory lines, and says whether their columns are
-  // sorted and unique in each row, and lie in [0, columns). Adding the sum of a row without entries changes nothing.
+  // Writes the sums of rows [begin, end) for a widened x, in whole memory lines, so `begin` is where one begins. Says
+  // whether their columns are sorted and unique in each row, and lie in [0, columns).
   bool (*sums)(const void* x, const DeltaEntries&, int64_t begin, int64_t end, void* sums);
+  // Adds sums to out, where rows without entries keep their bits, or writes them.
   void (*write)(const void* sums, int64_t count, bool accumulate, void* out);
   int64_t number_bytes;  // of a sum
 };

@@ -210,8 +210,8 @@ bool add_sums(const Tensor& x, const Tensor& values, TokenGroups& groups) {
   if (alone.empty()) return true;
   const CsrRows& rows = alone[0]->entries.rows;
   const auto count = static_cast<int64_t>(alone.size());
-  const SparseDeltaToken& kernel = groups.alone =
-      cpu_kernels().sparse_delta_token(element_of(dtype_of(x)), element_of(dtype_of(values)), rows.wide_col);
+  groups.alone = cpu_kernels().sparse_delta_token(element_of(dtype_of(x)), element_of(dtype_of(values)), rows.wide_col);
+  const SparseDeltaToken& kernel = groups.alone;
   const auto* numbers = static_cast<const char*>(x.data_ptr());
   const auto x_of = [&](int64_t i) {
     return numbers + groups.tokens[alone[i]->begin] * rows.columns * static_cast<int64_t>(x.element_size());
@@ -219,7 +219,7 @@ bool add_sums(const Tensor& x, const Tensor& values, TokenGroups& groups) {
   const int64_t widened_bytes = aligned_size(rows.columns * kernel.number_bytes);
   const AlignedBytes widened = aligned_bytes(kernel.widen ? count * widened_bytes : 0);
   if (kernel.widen) {
-    const int64_t chunks = threads_for(count * rows.columns, kNumbersPerThread);
+    const int64_t chunks = std::min(count, threads_for(count * rows.columns, kNumbersPerThread));
     over_chunks(chunks, [&](int64_t chunk) {
       for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i)
         kernel.widen(x_of(i), rows.columns, widened.get() + i * widened_bytes);
@@ -243,9 +243,10 @@ bool add_sums(const Tensor& x, const Tensor& values, TokenGroups& groups) {
 // Adds them to `out`, or writes them.
 void write_sums(const TokenGroups& groups, const Tensor& out, bool accumulate) {
   const std::vector<const TokenGroup*> alone = alone_in(groups);
+  if (alone.empty()) return;
   const auto count = static_cast<int64_t>(alone.size());
   const int64_t rows = last_size(out), sum_bytes = aligned_size(rows * groups.alone.number_bytes);
-  const int64_t chunks = threads_for(count * rows, kNumbersPerThread);
+  const int64_t chunks = std::min(count, threads_for(count * rows, kNumbersPerThread));
   over_chunks(chunks, [&](int64_t chunk) {
     for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i) {
       const int64_t at = groups.tokens[alone[i]->begin] * rows * static_cast<int64_t>(out.element_size());
@@ -266,6 +267,7 @@ void check_groups(const char* op, const Tensor& x, const Tensor& values, TokenGr
   if (add_sums(x, values, groups)) return;
   for (TokenGroup& group : groups.groups)  // says what is wrong
     if (is_alone(group)) check(group);
+  fail(op, "col", "changed while it was read");
 }
 
 }  // namespace

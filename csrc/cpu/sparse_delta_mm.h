@@ -2,7 +2,8 @@
 //
 // A call's tokens go in groups of one adapter. All ops are the same from there: checks of the entries, and then blocks
 // of a group's tokens times its adapter's rows. A call without adapters is one group. The sums of a token that is alone
-// in its group are formed with the check of the entries, which are then read once, and wait for all checks.
+// in its group are formed with the check of the entries, which are then read once, and wait for all checks: a number
+// for each of its rows, and one for each column where x is widened.
 #pragma once
 
 #include <optional>
@@ -30,7 +31,7 @@ struct TokenGroups {
   std::vector<int64_t> tokens;  // in the order of the groups
   std::vector<TokenGroup> groups;
   std::vector<std::vector<char>> copies;  // of rows that cross from one page to the next
-  SparseDeltaToken alone;                 // for tokens that are alone in their groups
+  SparseDeltaToken alone{};               // for tokens that are alone in their groups
   AlignedBytes sums;                      // of these, in the order of the groups
 };
 

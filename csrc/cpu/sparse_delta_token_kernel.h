@@ -4,8 +4,8 @@
 //
 // Shapes: x [columns], sums [rows]. Its caller gives each thread its own rows: no race. Products and sums are in
 // float32 (float64 for float64): entry i of a row goes to lane i % lanes, lanes then go halves first, so a sum is the
-// same bits with any number of threads, in pages or not. The sum of a row without entries is -0, which added changes
-// nothing.
+// same bits with any number of threads, in pages or not. The sum of a row without entries is -0, which no other sum
+// is.
 //
 // Entries are read once, since they come from memory: their columns are checked with the sums, which the caller adds to
 // an output when all are known to fit. Products are formed of as many entries as a vector holds, over the borders of
@@ -64,12 +64,12 @@ ColumnFacts form_products(const S* x, int64_t columns, const Col* col, const V* 
       if constexpr (sizeof(Col) == 2) {
         const __m256i own = _mm256_maskz_loadu_epi16(in, col + e),
                       before = _mm256_maskz_loadu_epi16(follows, col + e - 1);
-        falls += _mm_popcnt_u32(_mm256_mask_cmple_epu16_mask(follows, own, before));
+        falls += __builtin_popcount(_mm256_mask_cmple_epu16_mask(follows, own, before));
         at = (__m512i)zero_extended<N>((Lanes<uint16_t, N>)own);
       } else {
         at = _mm512_maskz_loadu_epi32(in, col + e);
-        falls +=
-            _mm_popcnt_u32(_mm512_mask_cmple_epu32_mask(follows, at, _mm512_maskz_loadu_epi32(follows, col + e - 1)));
+        falls += __builtin_popcount(
+            _mm512_mask_cmple_epu32_mask(follows, at, _mm512_maskz_loadu_epi32(follows, col + e - 1)));
       }
       largest = _mm512_maskz_max_epu32(0xffff, largest, at);
       at = _mm512_maskz_min_epu32(0xffff, at, limit);
@@ -94,14 +94,25 @@ ColumnFacts form_products(const S* x, int64_t columns, const Col* col, const V* 
     return {falls, most};
   }
 #endif
-  ColumnFacts facts{0, 0};
-  for (int64_t e = 0; e < count; ++e) {
-    const uint32_t at = col[e];
-    facts.falls += e > 0 && at <= col[e - 1];
-    facts.largest = at > facts.largest ? at : facts.largest;
-    products[e] = x[at < last ? at : last] * static_cast<S>(widen(value[e]));
+  constexpr int N = kLanes<S>;
+  Col falls = 0, largest = 0;  // count is at most kProducts
+  for (int64_t e = 1; e < count; ++e) falls += col[e] <= col[e - 1];
+  for (int64_t e = 0; e < count; ++e) largest = col[e] > largest ? col[e] : largest;
+  if (largest > last) {
+    memset(products, 0, static_cast<size_t>(count) * sizeof(S));
+    return {falls, largest};
   }
-  return facts;
+  int64_t e = 0;
+  for (; e + N <= count; e += N) {
+    __builtin_prefetch(col + e + kEntriesAhead);
+    __builtin_prefetch(value + e + kEntriesAhead);
+    S gathered[N];
+    for (int i = 0; i < N; ++i) gathered[i] = x[col[e + i]];
+    const Vector<S> product = load<Vector<S>>(gathered) * widened<N>(value + e);
+    memcpy(products + e, &product, sizeof(product));
+  }
+  for (; e < count; ++e) products[e] = x[col[e]] * static_cast<S>(widen(value[e]));
+  return {falls, largest};
 }
 
 // Adds neighbouring products to lanes, of which kVectors hold them; 0: so many as needed.
@@ -230,7 +241,8 @@ class TokenSums {
     for (int64_t e = begin; e < end; e += kProducts) {
       const int64_t count = end - e < kProducts ? end - e : kProducts;
       taken_.take(entries_, e, e + count);
-      fit_ &= form_products(count) == 0 && (e == begin || taken_.col[0] > before);
+      const int64_t falls = form_products(count);
+      fit_ &= falls == 0 && (e == begin || taken_.col[0] > before);
       before = taken_.col[count - 1];
       lanes = add_lanes<0>(lanes, products_, count);
     }
@@ -267,20 +279,33 @@ void widen_token(const void* x, int64_t count, void* to) {
   for (int64_t i = 0; i < count; ++i) static_cast<S*>(to)[i] = widen(static_cast<const T*>(x)[i]);
 }
 
+// What a row without entries has in out keeps its bits: adding would make a signalling NaN a quiet one.
 template <class T>
 void write_token(const void* sums, int64_t count, bool accumulate, void* out) {
   using S = typename Compute<T>::type;
+  using Bits = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
   constexpr int N = kLanes<S>;
   const S* from = static_cast<const S*>(sums);
   T* to = static_cast<T*>(out);
+  const auto is_empty = [&](int64_t i) { return load<Bits>(from + i) == Bits{1} << (8 * sizeof(S) - 1); };
   const auto write = [&](auto lanes, int64_t i) {
     constexpr int kCount = decltype(lanes)::value;
     const auto sum = load<Lanes<S, kCount>>(from + i);
     store_narrowed<kCount>(accumulate ? widened<kCount>(to + i) + sum : sum + S{}, to + i);
   };
-  int64_t i = 0;
-  for (; i + N <= count; i += N) write(std::integral_constant<int, N>(), i);
-  for (; i < count; ++i) write(std::integral_constant<int, 1>(), i);
+  int64_t row = 0;
+  for (; row + N <= count; row += N) {
+    bool some_empty = false;
+    for (int i = 0; i < N; ++i) some_empty |= is_empty(row + i);
+    if (accumulate && some_empty)
+      for (int i = 0; i < N; ++i) {
+        if (!is_empty(row + i)) write(std::integral_constant<int, 1>(), row + i);
+      }
+    else
+      write(std::integral_constant<int, N>(), row);
+  }
+  for (; row < count; ++row)
+    if (!accumulate || !is_empty(row)) write(std::integral_constant<int, 1>(), row);
 }
 
 template <class T, class V>
