@@ -10,14 +10,17 @@
 //
 // What was measured (4096 x 4096, 1 %, one thread, entries and x in cache, AVX-512): 0.9 ns an entry for 8 tokens, 1.0
 // for 16, 1.4 for 32, 2.6 for 64, which is 40 bytes a cycle from the second cache (1.6 where the first holds the
-// panel). A panel of bfloat16 takes 2.3 for 64, and 16 to 20 % off all the op, since packing takes half the time, and
-// out no shuffles to widen and narrow: it is one load of 32 tokens, two unpackings and two products, and the ports that
-// shuffle are what counts, so values are spread by loads. Not faster: a second or fourth sum a row, prefetches of the
-// panel, shifts and masks in place of unpackings (2.6), pairs of entries by AVX512-BF16 (2.6: vdpbf16ps takes two
-// cycles; its bits are those of two products added one by one), squares of 64 rows. 128 tokens of bfloat16 take 2.2 for
-// each 64 where nothing else uses the second cache, else more than 64 do. What is beside the entries: packing is a
-// tenth, out a fifth of 64 tokens' time. Its rows lie far apart, often in one set of the first cache, so their lines
-// are asked for a square ahead, and once more when their turn comes.
+// panel). A panel of bfloat16 takes 2.3 for 64, and 13 to 20 % off the kernel's time, since packing takes half as long,
+// and out no shuffles to widen and narrow: 32 tokens are one load, two unpackings and two products, and what counts is
+// the ports that shuffle. Not faster: a second or fourth sum a row, prefetches of the panel, shifts and masks in place
+// of unpackings (2.6), pairs of entries by AVX512-BF16 (2.7: vdpbf16ps takes two cycles; its bits are those of one
+// product added after the other), two values from one load, squares of 64 rows, other distances of prefetches of out.
+// 128 tokens of bfloat16 take 2.2 for each 64 where nothing else uses the second cache, else more than 64 do. Not
+// taken: pages of 2 MB for panels, which save 5 to 10 %, and 15 where a panel has 1.4 MB, but take 0.2 ms a call to be
+// cleared, and where the allocator hands out what was in use, they are small again. What is beside the entries: packing
+// is a tenth, out a fifth of 64 tokens' time, most of it to transpose and round (sums leave the first cache until they
+// are read). Its rows lie far apart, often in one set of the first cache, so their lines are asked for a square ahead,
+// and once more when their turn comes.
 #pragma once
 
 #include "kernels.h"
@@ -33,24 +36,20 @@ template <int kTokens, class V, class Col>
 inline void row_sums(const BFloat16* panel, const Col* col, const V* values, int64_t count, float* sums) {
   constexpr int W = kLanes<float>, N = kTokens / (2 * W);
   Vector<float> added[2 * N] = {};
-  const auto add = [&](int64_t e, Vector<float> value) {
+  for (int64_t e = 0; e < count; ++e) {
     const BFloat16* x = panel + static_cast<int64_t>(col[e]) * kTokens;
+    Vector<float> value;
+    if constexpr (std::is_same_v<V, BFloat16>)  // spread from a general register, which takes a shuffle less
+      value = (Vector<float>)((uint32_t{values[e].bits} << 16) - Lanes<uint32_t, W>{});
+    else
+      value = values[e] - Vector<float>{};
     for (int k = 0; k < N; ++k) {
       auto numbers = load<Vector<BFloat16>>(x + k * 2 * W);
       asm("" : "+v"(numbers));  // else compilers load them for each half, and the second cache's time is what counts
       added[2 * k] = add_product(added[2 * k], value, unpacked<0>(numbers));
       added[2 * k + 1] = add_product(added[2 * k + 1], value, unpacked<1>(numbers));
     }
-  };
-  int64_t e = 0;
-  if constexpr (std::is_same_v<V, BFloat16>)
-    for (; e + 2 <= count; e += 2) {
-      // A load spreads 32 bits, without the shuffles that 16 take.
-      const Lanes<uint32_t, W> two = load<uint32_t>(values + e) - Lanes<uint32_t, W>{};
-      add(e, (Vector<float>)(two << 16));
-      add(e + 1, (Vector<float>)(two & 0xffff0000u));
-    }
-  for (; e < count; ++e) add(e, widen(values[e]) - Vector<float>{});
+  }
   memcpy(sums, added, sizeof(added));
 }
 

@@ -212,13 +212,13 @@ template <class Row>
 inline void copy_square_packed(const Row& row, BFloat16* to, int64_t stride) {
   constexpr int W = kLanes<float>;
   constexpr auto kLane = std::make_index_sequence<2 * W>();
-  Vector<uint32_t> halves[2][W];
-  for (int half = 0; half < 2; ++half) {
-    for (int i = 0; i < W; ++i) halves[half][i] = load<Vector<uint32_t>>(row(half * W + i));
-    transpose<1>(halves[half]);
-  }
+  Vector<uint32_t> first[W], second[W];
+  for (int i = 0; i < W; ++i) first[i] = load<Vector<uint32_t>>(row(i));
+  transpose<1>(first);
+  for (int i = 0; i < W; ++i) second[i] = load<Vector<uint32_t>>(row(W + i));
+  transpose<1>(second);
   for (int i = 0; i < W; ++i) {
-    const auto even = packed<0>(halves[0][i], halves[1][i], kLane), odd = packed<1>(halves[0][i], halves[1][i], kLane);
+    const auto even = packed<0>(first[i], second[i], kLane), odd = packed<1>(first[i], second[i], kLane);
     memcpy(to + 2 * i * stride, &even, sizeof(even));
     memcpy(to + (2 * i + 1) * stride, &odd, sizeof(odd));
   }
