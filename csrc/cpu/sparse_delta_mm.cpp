@@ -433,8 +433,9 @@ void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, 
     most_bytes = std::max(most_bytes, bytes);
   }
   waves.push_back(blocks.size());
-  const auto panels = aligned_bytes(most_bytes);
-  for (Block& block : blocks) block.block.panel = panels.get() + block.panel_begin;
+  thread_local KeptBytes kept;
+  char* panels = kept.at_least(most_bytes);
+  for (Block& block : blocks) block.block.panel = panels + block.panel_begin;
   for (size_t wave = 0; wave + 1 < waves.size(); ++wave)
     if (waves[wave] < waves[wave + 1]) run_wave(blocks, waves[wave], waves[wave + 1], chunks);
 }
