@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
@@ -94,14 +95,24 @@ def run_bench(
     model = random_model() if base is None else model_of(adapters.values(), base)
     if base is None:
         adapters = {f"random {i}": random_adapter(model, i) for i in range(2)}
-    with _threads(threads), torch.no_grad():
-        found = measure(model.to(device), adapters, seconds)
+    columns = BarColumn(), TimeElapsedColumn(), TextColumn("measuring")
+    # Drawn between the rounds, never while one is timed.
+    screen = Console(stderr=True)
+    bar = Progress(*columns, console=screen, auto_refresh=False, transient=True, disable=not screen.is_terminal)
+    with _threads(threads), torch.no_grad(), bar:
+        task = bar.add_task("", total=seconds)
+        found = measure(
+            model.to(device), adapters, seconds, lambda done: bar.update(task, completed=done, refresh=True)
+        )
     show(found, console or Console())
     return found
 
 
-def measure(model: nn.Module, adapters: dict[str, Adapter], seconds: float) -> Latency:
-    """Switches from each adapter to the next, in turn with the other ways, after checking that all do it."""
+def measure(
+    model: nn.Module, adapters: dict[str, Adapter], seconds: float, show_progress: Callable[[float], None]
+) -> Latency:
+    """Switches from each adapter to the next, in turn with the other ways, after checking that all do it. Says now and
+    then how many seconds were measured."""
     bank = ResidentAdapters(model)
     add_us = {}
     for name, adapter in adapters.items():
@@ -141,8 +152,12 @@ def measure(model: nn.Module, adapters: dict[str, Adapter], seconds: float) -> L
     }
     took: dict[str, list[float]] = {way: [] for way in ways}
     bank.switch(names[-1])
-    end, round_, ran = time.perf_counter() + seconds, 0, backends.calls()
-    while round_ < _MIN_ROUNDS + 2 or time.perf_counter() < end:
+    begin, round_, ran = time.perf_counter(), 0, backends.calls()
+    shown = begin
+    while round_ < _MIN_ROUNDS + 2 or time.perf_counter() < begin + seconds:
+        if (now := time.perf_counter()) > shown + 0.5:
+            show_progress(now - begin)
+            shown = now
         old, new = names[(round_ - 1) % len(names)], names[round_ % len(names)]
         for way, switch in ways.items():
             _wait(device)
