@@ -284,6 +284,22 @@ def test_rows_of_any_length_for_a_token_that_is_alone(isa: str, dtype: torch.dty
                 assert torch.equal(result, whole)
 
 
+@each_isa
+def test_many_rows_of_tokens_that_are_alone(isa: str) -> None:
+    """More sums than are kept from call to call; then few again."""
+    for rows in (300_000, 40):
+        mask = torch.zeros(rows, 8, dtype=torch.bool)
+        mask[:: rows // 20, 3] = mask[-1, 5] = True
+        x, row_ptr, col, values = case(5, mask, torch.bfloat16)
+        with Backend("cpu", isa=isa).running(5):
+            result = ops.sparse_delta_mm_batched(
+                x, torch.arange(5, dtype=torch.int32), row_ptr.repeat(5, 1), col, values, rows
+            )
+            check(result, x, dense(mask, values))
+            alone = [ops.sparse_delta_mm(x[t : t + 1], row_ptr, col, values, rows)[0] for t in range(4)]
+            assert torch.equal(result[:4], torch.stack(alone))
+
+
 def paged_arguments() -> dict[str, Any]:
     masks = [random_mask(30, 40, density, seed=seed) for seed, density in ((1, 0.1), (2, 0.2), (3, 0.1))]
     row_ptr, col, values, table = pages_of(masks, [case(1, mask, torch.float32)[3] for mask in masks], 16, 0)

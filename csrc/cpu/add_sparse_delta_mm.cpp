@@ -10,7 +10,7 @@ static void add_sparse_delta_mm(const Tensor& out, const Tensor& x, const Tensor
   check_out(kOp, out, x);
   const CsrRows all = check_csr(kOp, row_ptr, col, x, out.size(out.dim() - 1), x.size(x.dim() - 1), "out has columns");
   check_values(kOp, values, col, x);
-  const Tensor inputs = torch::stable::contiguous(x);
+  const Tensor inputs = as_contiguous(x);
   check_in_place(kOp, out, inputs, values, {{"row_ptr", row_ptr}, {"col", col}});
   const TokenGroups groups = all_tokens(kOp, inputs, all, values);
   announce_write(kOp, {"out", out});

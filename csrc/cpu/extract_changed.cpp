@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> extract_changed(const Tensor& base, const Tensor& tun
   refuse_grad(kOp, {"base", base});
   refuse_grad(kOp, {"tuned", tuned});
 
-  const Tensor old_tensor = torch::stable::contiguous(base), new_tensor = torch::stable::contiguous(tuned);
+  const Tensor old_tensor = as_contiguous(base), new_tensor = as_contiguous(tuned);
   const void* old_elements = old_tensor.data_ptr();
   const void* new_elements = new_tensor.data_ptr();
   const int64_t numel = base.numel();

@@ -22,6 +22,7 @@ constexpr int64_t kBlockCost = 12;       // an entry costs as much as this many 
 constexpr int64_t kAloneCost = kBlockCost + 1;
 constexpr int64_t kCostPerThread = 16384 * kAloneCost;  // below this a thread costs more than it saves
 constexpr int64_t kNumbersPerThread = 1 << 14;          // of those packed, the same
+constexpr int64_t kMostKept = 4 << 20;                  // bytes of sums that stay from call to call
 
 std::string of_adapter(const char* argument, int64_t adapter) {
   return std::string(argument) + " of adapter " + std::to_string(adapter);
@@ -217,16 +218,19 @@ bool add_sums(const Tensor& x, const Tensor& values, TokenGroups& groups) {
     return numbers + groups.tokens[alone[i]->begin] * rows.columns * static_cast<int64_t>(x.element_size());
   };
   const int64_t widened_bytes = aligned_size(rows.columns * kernel.number_bytes);
-  const AlignedBytes widened = aligned_bytes(kernel.widen ? count * widened_bytes : 0);
+  const int64_t sum_bytes = aligned_size(rows.end * kernel.number_bytes), all_sums = count * sum_bytes;
+  const int64_t bytes = all_sums + (kernel.widen ? count * widened_bytes : 0);
+  thread_local KeptBytes kept;
+  if (bytes > kMostKept) groups.many_sums = aligned_bytes(bytes);
+  groups.sums = bytes > kMostKept ? groups.many_sums.get() : kept.at_least(bytes);
+  char* widened = groups.sums + all_sums;
   if (kernel.widen) {
     const int64_t chunks = std::min(count, threads_for(count * rows.columns, kNumbersPerThread));
     over_chunks(chunks, [&](int64_t chunk) {
       for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i)
-        kernel.widen(x_of(i), rows.columns, widened.get() + i * widened_bytes);
+        kernel.widen(x_of(i), rows.columns, widened + i * widened_bytes);
     });
   }
-  const int64_t sum_bytes = aligned_size(rows.end * kernel.number_bytes);
-  groups.sums = aligned_bytes(count * sum_bytes);
   const auto cost = [&](size_t i) { return kAloneCost * cost_of(alone[i]->entries.rows); };
   int64_t total = 0;
   for (size_t i = 0; i < alone.size(); ++i) total += cost(i);
@@ -234,8 +238,9 @@ bool add_sums(const Tensor& x, const Tensor& values, TokenGroups& groups) {
   share_costs(0, alone.size(), threads_for(total, kCostPerThread), cost, [&](size_t i, int64_t begin, int64_t end) {
     const auto [first, last] = share_of(alone[i]->entries.rows, kAloneCost, begin, end);
     const auto at = static_cast<int64_t>(i);
-    const void* own = kernel.widen ? widened.get() + at * widened_bytes : x_of(at);
-    if (!kernel.sums(own, alone[i]->entries, first, last, groups.sums.get() + at * sum_bytes)) fit = false;
+    const void* own = kernel.widen ? widened + at * widened_bytes : x_of(at);
+    const DeltaEntries* next = i + 1 < alone.size() ? &alone[i + 1]->entries : nullptr;
+    if (!kernel.sums(own, alone[i]->entries, next, first, last, groups.sums + at * sum_bytes)) fit = false;
   });
   return fit;
 }
@@ -250,7 +255,7 @@ void write_sums(const TokenGroups& groups, const Tensor& out, bool accumulate) {
   over_chunks(chunks, [&](int64_t chunk) {
     for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i) {
       const int64_t at = groups.tokens[alone[i]->begin] * rows * static_cast<int64_t>(out.element_size());
-      groups.alone.write(groups.sums.get() + i * sum_bytes, rows, accumulate, static_cast<char*>(out.data_ptr()) + at);
+      groups.alone.write(groups.sums + i * sum_bytes, rows, accumulate, static_cast<char*>(out.data_ptr()) + at);
     }
   });
 }
@@ -375,6 +380,7 @@ TokenGroups tokens_by_adapter(const char* op, const Tensor& x, const Tensor& tok
 
   const CpuKernels& kernels = cpu_kernels();
   const Arenas arenas(col, page_table);
+  result.groups.reserve(static_cast<size_t>(std::min(with_adapter, adapters)));
   for (int64_t begin = 0; begin < with_adapter;) {
     const int64_t adapter = adapter_of[result.tokens[begin]];
     const int64_t end = adapter + 1 < adapters ? ends[adapter + 1] : with_adapter;
@@ -446,7 +452,7 @@ static Tensor sparse_delta_mm(const Tensor& x, const Tensor& row_ptr, const Tens
   check_input(kOp, x);
   const CsrRows all = check_csr(kOp, row_ptr, col, x, out_features, last_size(x), "out_features");
   check_values(kOp, values, col, x);
-  const Tensor inputs = torch::stable::contiguous(x);
+  const Tensor inputs = as_contiguous(x);
   const TokenGroups groups = all_tokens(kOp, inputs, all, values);
   Tensor out = new_output(x, out_features);
   multiply(groups, inputs, values, out, false);

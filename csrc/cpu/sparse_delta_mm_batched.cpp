@@ -10,7 +10,7 @@ static Tensor sparse_delta_mm_batched(const Tensor& x, const Tensor& token_adapt
                                       const std::optional<Tensor>& page_table) {
   constexpr const char* kOp = "sparse_delta_mm_batched";
   check_adapters(kOp, x, token_adapter, row_ptr, col, values, out_features, page_table);
-  const Tensor inputs = torch::stable::contiguous(x);
+  const Tensor inputs = as_contiguous(x);
   const TokenGroups groups = tokens_by_adapter(kOp, inputs, token_adapter, row_ptr, col, values, page_table);
   Tensor out = new_output(x, out_features);
   const auto* adapter_of = static_cast<const int32_t*>(token_adapter.data_ptr());

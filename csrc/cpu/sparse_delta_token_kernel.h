@@ -9,13 +9,15 @@
 //
 // Entries are read once, since they come from memory: their columns are checked with the sums, which the caller adds to
 // an output when all are known to fit. Products are formed of as many entries as a vector holds, over the borders of
-// rows, and are summed by rows from the first cache; rows of up to 64 entries go 16 at a time without a branch that
-// depends on the length of one.
+// rows, for as many rows as have theirs in the first cache together, and are summed by rows from there; rows of up to
+// 64 entries go 16 at a time without a branch that depends on the length of one.
 //
-// What was measured (1024 x 1024, 1.4 %, one thread, AVX-512), in the time of the gathers alone: 1.9 in cache, and 1.3
-// where entries come from memory, for reading these takes as long as the gathers. A gather for each row, which leaves
-// lanes idle, and a check in a pass of its own took 2.2 and 1.8, and an adapter in pages, cut into pieces, a third
-// more.
+// What was measured (1024 x 1024, 1.07 %, one thread, AVX-512), in the time of the gathers alone, which 8 lanes at a
+// time, or loads one by one, do not beat: 2.1 in cache, 1.5 where entries come from memory; without checks 1.7 and 1.2.
+// Offsets and lengths of rows must be stored as whole vectors and loaded one by one: where compilers took the vectors
+// apart, and together again, all was a third slower. Between the products of a base model reading entries takes longer,
+// with pages of 2 MB as with small ones. A gather for each row, which leaves lanes idle, took 2.2 in cache. Not faster:
+// checks in the loop of the gathers.
 #pragma once
 
 #include "kernels.h"
@@ -41,172 +43,224 @@ template <int S, int i, class V, class Row>
 }
 
 // What a check of columns needs to know: how often one does not rise over the one before, and which is the largest.
+template <class Col>
 struct ColumnFacts {
   int64_t falls;
-  uint32_t largest;
+  Col largest;
 };
 
-// products[e] = x[col[e]] * value[e]; x is read in its columns only, of which there is one at least.
+// Of kProducts columns at most.
+template <class Col>
+inline ColumnFacts<Col> facts_of(const Col* col, int64_t count) {
+  constexpr int N = kLanes<Col>;
+  using Cols = Lanes<Col, N>;
+  Cols falls{}, largest{};
+  int64_t e = 0;
+  for (; e + N < count; e += N) {
+    const auto before = load<Cols>(col + e), own = load<Cols>(col + e + 1);
+    falls -= (Cols)(own <= before);
+    largest = before > largest ? before : largest;
+  }
+  Col count_of_falls = 0, largest_of_all = 0;
+  for (int i = 0; i < N; ++i) {
+    count_of_falls += falls[i];
+    largest_of_all = largest[i] > largest_of_all ? largest[i] : largest_of_all;
+  }
+  ColumnFacts<Col> all{count_of_falls, largest_of_all};
+  for (int64_t tail = e; e < count; ++e) {
+    all.falls += e > tail && col[e] <= col[e - 1];
+    all.largest = col[e] > all.largest ? col[e] : all.largest;
+  }
+  return all;
+}
+
+// Entries of an adapter that lie side by side.
+template <class V, class Col>
+struct Entries {
+  const Col* col;
+  const V* values;
+};
+
+// products[e] = x[col[e]] * value[e], and prefetches of what will be needed later.
 template <class S, class V, class Col>
-ColumnFacts form_products(const S* x, int64_t columns, const Col* col, const V* value, int64_t count, S* products) {
-  // No int32 is larger, also of more columns: what is, was negative.
-  const auto last = static_cast<uint32_t>(columns <= int64_t{1} << 31 ? columns - 1 : INT32_MAX);
+inline void form_products(const S* x, Entries<V, Col> now, Entries<V, Col> later, int64_t count, S* products) {
+  constexpr int N = kLanes<S>;
+  int64_t e = 0;
 #if SHIRA_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<S, float>) {
-    constexpr int N = 16;
-    __m512i largest = _mm512_setzero_si512();
-    const __m512i limit = _mm512_set1_epi32(static_cast<int32_t>(last));
-    int64_t falls = 0;
-    const auto form = [&](int64_t e, __mmask16 in, __mmask16 follows) {
-      __builtin_prefetch(col + e + kEntriesAhead);
-      __builtin_prefetch(value + e + kEntriesAhead);
+    const auto form = [&](__mmask16 in) {
+      __builtin_prefetch(later.col + e);
+      __builtin_prefetch(later.values + e);
       __m512i at;
-      if constexpr (sizeof(Col) == 2) {
-        const __m256i own = _mm256_maskz_loadu_epi16(in, col + e),
-                      before = _mm256_maskz_loadu_epi16(follows, col + e - 1);
-        falls += __builtin_popcount(_mm256_mask_cmple_epu16_mask(follows, own, before));
-        at = (__m512i)zero_extended<N>((Lanes<uint16_t, N>)own);
-      } else {
-        at = _mm512_maskz_loadu_epi32(in, col + e);
-        falls += __builtin_popcount(
-            _mm512_mask_cmple_epu32_mask(follows, at, _mm512_maskz_loadu_epi32(follows, col + e - 1)));
-      }
-      largest = _mm512_maskz_max_epu32(0xffff, largest, at);
-      at = _mm512_maskz_min_epu32(0xffff, at, limit);
+      if constexpr (sizeof(Col) == 2)
+        at = (__m512i)zero_extended<N>((Lanes<uint16_t, N>)_mm256_maskz_loadu_epi16(in, now.col + e));
+      else
+        at = _mm512_maskz_loadu_epi32(in, now.col + e);
       __m512 number;
       if constexpr (std::is_same_v<V, float>)
-        number = _mm512_maskz_loadu_ps(in, value + e);
+        number = _mm512_maskz_loadu_ps(in, now.values + e);
       else if constexpr (std::is_same_v<V, BFloat16>)
-        number = (__m512)(zero_extended<N>((Lanes<uint16_t, N>)_mm256_maskz_loadu_epi16(in, value + e)) << 16);
+        number = (__m512)(zero_extended<N>((Lanes<uint16_t, N>)_mm256_maskz_loadu_epi16(in, now.values + e)) << 16);
       else
-        number = _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(in, value + e));
+        number = _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(in, now.values + e));
       const __m512 product = number * _mm512_mask_i32gather_ps(__m512{}, in, at, x, sizeof(S));
       memcpy(products + e, &product, sizeof(product));
     };
-    const auto first = [](int64_t k) { return static_cast<__mmask16>(k < N ? (1u << k) - 1 : 0xffff); };
-    if (count > 0) form(0, first(count), first(count) & ~1u);
-    int64_t e = N;
-    for (; e + N <= count; e += N) form(e, 0xffff, 0xffff);
-    if (e < count) form(e, first(count - e), first(count - e));
-    uint32_t all[N], most = 0;
-    memcpy(all, &largest, sizeof(all));
-    for (int i = 0; i < N; ++i) most = all[i] > most ? all[i] : most;
-    return {falls, most};
+    for (; e + N <= count; e += N) form(0xffff);
+    if (e < count) form(static_cast<__mmask16>((1u << (count - e)) - 1));
+    return;
   }
 #endif
-  constexpr int N = kLanes<S>;
-  Col falls = 0, largest = 0;  // count is at most kProducts
-  for (int64_t e = 1; e < count; ++e) falls += col[e] <= col[e - 1];
-  for (int64_t e = 0; e < count; ++e) largest = col[e] > largest ? col[e] : largest;
-  if (largest > last) {
-    memset(products, 0, static_cast<size_t>(count) * sizeof(S));
-    return {falls, largest};
-  }
-  int64_t e = 0;
   for (; e + N <= count; e += N) {
-    __builtin_prefetch(col + e + kEntriesAhead);
-    __builtin_prefetch(value + e + kEntriesAhead);
+    __builtin_prefetch(later.col + e);
+    __builtin_prefetch(later.values + e);
     S gathered[N];
-    for (int i = 0; i < N; ++i) gathered[i] = x[col[e + i]];
-    const Vector<S> product = load<Vector<S>>(gathered) * widened<N>(value + e);
+    for (int i = 0; i < N; ++i) gathered[i] = x[now.col[e + i]];
+    const Vector<S> product = load<Vector<S>>(gathered) * widened<N>(now.values + e);
     memcpy(products + e, &product, sizeof(product));
   }
-  for (; e < count; ++e) products[e] = x[col[e]] * static_cast<S>(widen(value[e]));
-  return {falls, largest};
+  for (; e < count; ++e) products[e] = x[now.col[e]] * static_cast<S>(widen(now.values[e]));
 }
 
-// Adds neighbouring products to lanes, of which kVectors hold them; 0: so many as needed.
-template <int kVectors, class S>
+// Adds neighbouring products to lanes. A vector of what lies behind the last one is read, too.
+template <class S>
 inline Vector<S> add_lanes(Vector<S> added, const S* products, int64_t count) {
   constexpr int N = kLanes<S>;
-#if SHIRA_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<S, float> && kVectors > 0) {
-    const uint64_t in = _bzhi_u64(~uint64_t{0}, static_cast<uint32_t>(count));
-#pragma GCC unroll 4
-    for (int k = 0; k < kVectors; ++k)
-      added = added + (Vector<S>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(in >> (k * N)), products + k * N);
-    return added;
-  }
-#endif
+  using Number = std::conditional_t<sizeof(S) == 4, int32_t, int64_t>;
+  static constexpr Number kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   int64_t e = 0;
   for (; e + N <= count; e += N) added = added + load<Vector<S>>(products + e);
-  S last[N] = {};
-  for (int i = 0; e + i < count; ++i) last[i] = products[e + i];
-  return added + load<Vector<S>>(last);
+  const Lanes<Number, N> in = load<Lanes<Number, N>>(kLane) < static_cast<Number>(count - e);
+  return added + (Vector<S>)((Lanes<Number, N>)load<Vector<S>>(products + e) & in);
 }
 
-// The sums of rows whose products begin at the offsets, each of them at most kVectors.
-template <int kVectors, class S, int N>
-inline Vector<S> sums_of_rows(const S* products, const int32_t (&offsets)[N]) {
-  return sums_of_lanes<1, 0, Vector<S>>(
-      [&](int i) { return add_lanes<kVectors>(Vector<S>{}, products + offsets[i], offsets[i + 1] - offsets[i]); });
-}
+// Neighbouring rows: where the entries of each begin among those of all, and how many there are.
+template <int N>
+struct RowSpans {
+  alignas(64) int32_t begin[N];
+  alignas(64) int32_t count[N];
 
-// Entries of an adapter that lie side by side, if need be in copies.
-template <class V, class Col>
-struct NeighbouringEntries {
-  const Col* col;
-  const V* values;
-  alignas(64) Col cols_of_pages[kProducts];
-  alignas(64) V values_of_pages[kProducts];
-
-  void take(const DeltaEntries& entries, int64_t begin, int64_t end) {
-    const auto* all_cols = static_cast<const Col*>(entries.rows.col);
-    const auto* all_values = static_cast<const V*>(entries.values);
-    const int64_t size = entries.page_size;
-    const auto place = [&](int64_t e) { return entries.page_of ? entries.page_of[e / size] * size + e % size : e; };
-    if (entries.page_of && begin < end && (end - 1) / size > begin / size) {
-      for (int64_t e = begin; e < end;) {
-        const int64_t page_end = (e / size + 1) * size, stop = page_end < end ? page_end : end, at = place(e);
-        memcpy(cols_of_pages + (e - begin), all_cols + at, static_cast<size_t>(stop - e) * sizeof(Col));
-        memcpy(values_of_pages + (e - begin), all_values + at, static_cast<size_t>(stop - e) * sizeof(V));
-        e = stop;
-      }
-      col = cols_of_pages;
-      values = values_of_pages;
-    } else {
-      const int64_t at = begin < end ? place(begin) : 0;
-      col = all_cols + at;
-      values = all_values + at;
+  // Of `rows` rows, whose first entry is `first` or later; the others have no entries.
+  template <class Index>
+  RowSpans(const Index* borders, int64_t rows, int64_t first) {
+    Index filled[N + 1];
+    if (rows < N) {
+      for (int i = 0; i <= N; ++i) filled[i] = borders[i < rows ? i : rows];
+      borders = filled;
     }
+    if constexpr (N * sizeof(Index) <= SHIRA_VECTOR_BYTES) {
+      using Borders = Lanes<Index, N>;
+      const auto from = load<Borders>(borders), to = load<Borders>(borders + 1);
+      store(from - static_cast<Index>(first), begin);
+      store(to - from, count);
+    } else {
+      for (int i = 0; i < N; ++i) begin[i] = static_cast<int32_t>(borders[i] - first);
+      for (int i = 0; i < N; ++i) count[i] = static_cast<int32_t>(borders[i + 1] - borders[i]);
+    }
+    asm("" : "+m"(begin), "+m"(count));  // compilers would take the vectors apart rather than load a number
+  }
+
+ private:
+  template <class Numbers>
+  static void store(Numbers numbers, int32_t (&to)[N]) {
+    const auto narrow = __builtin_convertvector(numbers, Lanes<int32_t, N>);
+    memcpy(to, &narrow, sizeof(to));
   }
 };
 
-// Where each of `count` rows begins, and the last ends, from where the first does; the others have no entries.
-template <class Index, int N>
-inline void offsets_of(const Index* borders, int64_t count, int32_t (&offsets)[N]) {
-  if (count >= N - 1)
-    for (int i = 0; i < N; ++i) offsets[i] = static_cast<int32_t>(borders[i] - borders[0]);
-  else
-    for (int i = 0; i < N; ++i) offsets[i] = static_cast<int32_t>(borders[i < count ? i : count] - borders[0]);
+// How often a row's first column does not rise over the last of the row before.
+template <class Col, int N>
+inline int64_t falls_between(const Col* col, const RowSpans<N>& rows) {
+  int64_t falls = 0;
+#if SHIRA_VECTOR_BYTES == 64
+  if constexpr (N == 16) {
+    const __m512i begin = _mm512_load_si512(rows.begin);
+    const __mmask16 in =
+        _mm512_test_epi32_mask(begin, begin) & _mm512_cmpgt_epi32_mask(_mm512_load_si512(rows.count), __m512i{});
+    const auto gathered = [&](int64_t shift) {
+      return _mm512_mask_i32gather_epi32(__m512i{}, in, begin, reinterpret_cast<const char*>(col) + shift, sizeof(Col));
+    };
+    if constexpr (sizeof(Col) == 2) {  // both at once
+      const __m512i two = gathered(-2);
+      return __builtin_popcount(
+          _mm512_mask_cmple_epu32_mask(in, _mm512_maskz_srli_epi32(0xffff, two, 16), two & _mm512_set1_epi32(0xffff)));
+    } else {
+      return __builtin_popcount(_mm512_mask_cmple_epu32_mask(in, gathered(0), gathered(-4)));
+    }
+  }
+#endif
+  for (int i = 0; i < N; ++i)
+    if (const int32_t at = rows.begin[i]; at > 0 && rows.count[i] > 0) falls += col[at] <= col[at - 1];
+  return falls;
 }
+
+#if SHIRA_VECTOR_BYTES == 64
+// Sums of rows of at most 16 kVectors products.
+template <int kVectors>
+inline __m512 sums_of_short_rows(const float* products, const RowSpans<16>& rows) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 sums[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const __m512i count = _mm512_set1_epi32(rows.count[i]);
+    const float* own = products + rows.begin[i];
+    sums[i] = _mm512_maskz_loadu_ps(_mm512_cmplt_epi32_mask(lane, count), own);
+#pragma GCC unroll 4
+    for (int k = 1; k < kVectors; ++k) {
+      const __m512i own_lane = lane + _mm512_set1_epi32(16 * k);
+      sums[i] += _mm512_maskz_loadu_ps(_mm512_cmplt_epi32_mask(own_lane, count), own + 16 * k);
+    }
+  }
+  // Halves, quarters, pairs of lanes, and single ones, as sums_of_lanes has them.
+  constexpr __mmask16 kAll = 0xffff;  // without a mask, compilers warn of what the intrinsics do
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = sums[i + i / 4 * 4], b = sums[i + i / 4 * 4 + 4];
+    sums[i] = _mm512_maskz_shuffle_f32x4(kAll, a, b, 0x44) + _mm512_maskz_shuffle_f32x4(kAll, a, b, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    sums[i] = _mm512_maskz_shuffle_f32x4(kAll, sums[i], sums[i + 4], 0x88) +
+              _mm512_maskz_shuffle_f32x4(kAll, sums[i], sums[i + 4], 0xdd);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    sums[i] =
+        _mm512_maskz_unpacklo_ps(kAll, sums[i], sums[i + 2]) + _mm512_maskz_unpackhi_ps(kAll, sums[i], sums[i + 2]);
+  const __m512 all =
+      _mm512_maskz_unpacklo_ps(kAll, sums[0], sums[1]) + _mm512_maskz_unpackhi_ps(kAll, sums[0], sums[1]);
+  return all + __m512{};
+}
+#endif
 
 // The sums of rows [begin, end), and whether their columns fit: sorted and unique in each row, in [0, columns).
 template <class S, class V, class Col>
 class TokenSums {
  public:
-  TokenSums(const S* x, const DeltaEntries& entries) : x_(x), entries_(entries) {}
+  // next: what will be read after `entries`, or null.
+  TokenSums(const S* x, const DeltaEntries& entries, const DeltaEntries* next)
+      : x_(x), entries_(entries), next_(next), end_(entries.rows.border(entries.rows.end)) {}
 
   bool form(int64_t begin, int64_t end, S* sums) {
     const CsrRows& rows = entries_.rows;
-    for (int64_t row = begin; row < end; row += N) {
-      const int64_t count = end - row < N ? end - row : N, first = rows.border(row);
-      Vector<S> added;
-      bool some_empty = true;
-      if (rows.border(row + count) - first > kProducts) {
-        added = sums_of_lanes<1, 0, Vector<S>>(
-            [&](int i) { return i < count ? long_row(rows.border(row + i), rows.border(row + i + 1)) : Vector<S>{}; });
-      } else {
-        int32_t offsets[N + 1];
-        if (rows.wide_row_ptr)
-          offsets_of(static_cast<const int64_t*>(rows.row_ptr) + row, count, offsets);
-        else
-          offsets_of(static_cast<const int32_t*>(rows.row_ptr) + row, count, offsets);
-        added = short_rows(first, offsets, some_empty);
+    for (int64_t row = begin; row < end;) {
+      // As many squares of rows as have their products in the first cache together.
+      int64_t stop = row;
+      const int64_t most = rows.border(row) + kProducts;
+      while (stop < end) {
+        const int64_t after = stop + N < end ? stop + N : end;
+        if (rows.border(after) > most) break;
+        stop = after;
       }
-      memcpy(sums + row, &added, sizeof(added));
-      for (int64_t i = row; some_empty && i < row + count; ++i)
-        if (rows.border(i) == rows.border(i + 1)) sums[i] = -S{};
+      if (stop > row) {
+        if (rows.wide_row_ptr)
+          short_rows(static_cast<const int64_t*>(rows.row_ptr), row, stop, sums);
+        else
+          short_rows(static_cast<const int32_t*>(rows.row_ptr), row, stop, sums);
+      } else {
+        stop = stop + N < end ? stop + N : end;
+        long_rows(row, stop, sums + row);
+      }
+      row = stop;
     }
     return fit_;
   }
@@ -214,62 +268,131 @@ class TokenSums {
  private:
   static constexpr int N = kLanes<S>;
 
-  // some_empty: whether there are rows without entries.
-  Vector<S> short_rows(int64_t first, const int32_t (&offsets)[N + 1], bool& some_empty) {
-    taken_.take(entries_, first, first + offsets[N]);
-    int64_t falls = form_products(offsets[N]);
-    for (int i = 1; i < N; ++i)  // where a row begins they may fall
-      if (const int32_t at = offsets[i]; at > 0 && at < offsets[i + 1]) falls -= taken_.col[at] <= taken_.col[at - 1];
-    fit_ &= falls == 0;
-    int32_t most = 0, least = kProducts;
-    for (int i = 0; i < N; ++i) {
-      const int32_t count = offsets[i + 1] - offsets[i];
-      most = count > most ? count : most;
-      least = count < least ? count : least;
+  template <class Index>
+  void short_rows(const Index* borders, int64_t begin, int64_t end, S* sums) {
+    const int64_t first = borders[begin];
+    int64_t falls = form_products(first, borders[end] - first);
+    for (int64_t row = begin; row < end; row += N) {
+      const RowSpans<N> rows(borders + row, end - row, first);
+      falls -= falls_between(now_.col, rows);
+      const Vector<S> added = sums_of(rows);
+      memcpy(sums + row, &added, sizeof(added));
     }
-    some_empty = least == 0;
-    if (most <= N) return sums_of_rows<1>(products_, offsets);
-    if (most <= 2 * N) return sums_of_rows<2>(products_, offsets);
-    if (most <= 3 * N) return sums_of_rows<3>(products_, offsets);
-    if (most <= 4 * N) return sums_of_rows<4>(products_, offsets);
-    return sums_of_rows<0>(products_, offsets);
+    fit_ &= falls == 0;
+  }
+
+  Vector<S> sums_of(const RowSpans<N>& rows) {
+#if SHIRA_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<S, float>) {
+      const __m512i count = _mm512_load_si512(rows.count);
+      const auto longest_above = [&](int32_t n) { return _mm512_cmpgt_epi32_mask(count, _mm512_set1_epi32(n)) != 0; };
+      __m512 sums;
+      if (!longest_above(16))
+        sums = sums_of_short_rows<1>(products_, rows);
+      else if (!longest_above(32))
+        sums = sums_of_short_rows<2>(products_, rows);
+      else if (!longest_above(48))
+        sums = sums_of_short_rows<3>(products_, rows);
+      else if (!longest_above(64))
+        sums = sums_of_short_rows<4>(products_, rows);
+      else
+        sums = sums_of_any(rows);
+      return _mm512_mask_mov_ps(sums, _mm512_testn_epi32_mask(count, count), _mm512_set1_ps(-0.0f));
+    }
+#endif
+    Vector<S> sums = sums_of_any(rows);
+    for (int i = 0; i < N; ++i)
+      if (rows.count[i] == 0) sums[i] = -S{};
+    return sums;
+  }
+
+  Vector<S> sums_of_any(const RowSpans<N>& rows) {
+    return sums_of_lanes<1, 0, Vector<S>>(
+        [&](int i) { return add_lanes(Vector<S>{}, products_ + rows.begin[i], rows.count[i]); });
+  }
+
+  void long_rows(int64_t begin, int64_t end, S* sums) {
+    const CsrRows& rows = entries_.rows;
+    const auto lanes = [&](int i) {
+      return begin + i < end ? long_row(rows.border(begin + i), rows.border(begin + i + 1)) : Vector<S>{};
+    };
+    const Vector<S> added = sums_of_lanes<1, 0, Vector<S>>(lanes);
+    memcpy(sums, &added, sizeof(added));
+    for (int64_t row = begin; row < end; ++row)
+      if (rows.border(row) == rows.border(row + 1)) sums[row - begin] = -S{};
   }
 
   Vector<S> long_row(int64_t begin, int64_t end) {
     Vector<S> lanes{};
     Col before = 0;
     for (int64_t e = begin; e < end; e += kProducts) {
-      const int64_t count = end - e < kProducts ? end - e : kProducts;
-      taken_.take(entries_, e, e + count);
-      const int64_t falls = form_products(count);
-      fit_ &= falls == 0 && (e == begin || taken_.col[0] > before);
-      before = taken_.col[count - 1];
-      lanes = add_lanes<0>(lanes, products_, count);
+      const int64_t count = end - e < kProducts ? end - e : kProducts, falls = form_products(e, count);
+      fit_ &= falls == 0 && (e == begin || now_.col[0] > before);
+      before = now_.col[count - 1];
+      lanes = add_lanes(lanes, products_, count);
     }
     return lanes;
   }
 
-  int64_t form_products(int64_t count) {
+  // Of entries [begin, begin + count). How often their columns fall, in rows or between them.
+  int64_t form_products(int64_t begin, int64_t count) {
     const int64_t columns = entries_.rows.columns;
-    const ColumnFacts facts = SHIRA_ISA::form_products(x_, columns, taken_.col, taken_.values, count, products_);
-    fit_ &= facts.largest < (columns < int64_t{1} << 31 ? columns : int64_t{1} << 31);
+    now_ = neighbours(begin, count);
+    const ColumnFacts<Col> facts = facts_of(now_.col, count);
+    // No int32 is larger, also of more columns: what is, was negative.
+    if (count > 0 && facts.largest >= (columns < int64_t{1} << 31 ? columns : int64_t{1} << 31)) {
+      fit_ = false;
+      count = 0;
+    }
+    SHIRA_ISA::form_products(x_, now_, later(begin + kEntriesAhead), count, products_);
     return facts.falls;
+  }
+
+  // Entry e, or what lies as far behind the last one in the next adapter; if there is neither, what is there anyway.
+  Entries<V, Col> later(int64_t e) const {
+    if (e < end_) return at(entries_, e);
+    if (next_ && (e += next_->rows.border(0) - end_) < next_->rows.border(next_->rows.end)) return at(*next_, e);
+    return now_;
+  }
+
+  static Entries<V, Col> at(const DeltaEntries& entries, int64_t e) {
+    if (entries.page_of) e = entries.page_of[e / entries.page_size] * entries.page_size + e % entries.page_size;
+    return {static_cast<const Col*>(entries.rows.col) + e, static_cast<const V*>(entries.values) + e};
+  }
+
+  // Side by side: in copies where they lie in several pages.
+  Entries<V, Col> neighbours(int64_t begin, int64_t count) {
+    const int64_t size = entries_.page_size, end = begin + count;
+    if (!entries_.page_of || count == 0 || (end - 1) / size == begin / size) return at(entries_, count > 0 ? begin : 0);
+    for (int64_t e = begin; e < end;) {
+      const int64_t page_end = (e / size + 1) * size, stop = page_end < end ? page_end : end;
+      const Entries<V, Col> from = at(entries_, e);
+      memcpy(cols_of_pages_ + (e - begin), from.col, static_cast<size_t>(stop - e) * sizeof(Col));
+      memcpy(values_of_pages_ + (e - begin), from.values, static_cast<size_t>(stop - e) * sizeof(V));
+      e = stop;
+    }
+    return {cols_of_pages_, values_of_pages_};
   }
 
   const S* x_;
   const DeltaEntries& entries_;
+  const DeltaEntries* next_;
+  int64_t end_;
   bool fit_ = true;
-  NeighbouringEntries<V, Col> taken_;
+  Entries<V, Col> now_;
+  alignas(64) Col cols_of_pages_[kProducts];
+  alignas(64) V values_of_pages_[kProducts];
   alignas(64) S products_[kProducts + N];  // a vector of a row may end beyond what there is
 };
 
 template <class S, class V, class Col>
-bool token_sums(const void* x, const DeltaEntries& entries, int64_t begin, int64_t end, void* sums) {
+bool token_sums(const void* x, const DeltaEntries& entries, const DeltaEntries* next, int64_t begin, int64_t end,
+                void* sums) {
   if (entries.rows.columns == 0) {
     for (int64_t row = begin; row < end; ++row) static_cast<S*>(sums)[row] = -S{};
     return entries.rows.border(begin) == entries.rows.border(end);
   }
-  TokenSums<S, V, std::make_unsigned_t<Col>> all(static_cast<const S*>(x), entries);
+  TokenSums<S, V, std::make_unsigned_t<Col>> all(static_cast<const S*>(x), entries, next);
   return all.form(begin, end, static_cast<S*>(sums));
 }
 
@@ -285,6 +408,7 @@ void write_token(const void* sums, int64_t count, bool accumulate, void* out) {
   using S = typename Compute<T>::type;
   using Bits = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
   constexpr int N = kLanes<S>;
+  constexpr int64_t kBlock = 16 * N;
   const S* from = static_cast<const S*>(sums);
   T* to = static_cast<T*>(out);
   const auto is_empty = [&](int64_t i) { return load<Bits>(from + i) == Bits{1} << (8 * sizeof(S) - 1); };
@@ -293,19 +417,16 @@ void write_token(const void* sums, int64_t count, bool accumulate, void* out) {
     const auto sum = load<Lanes<S, kCount>>(from + i);
     store_narrowed<kCount>(accumulate ? widened<kCount>(to + i) + sum : sum + S{}, to + i);
   };
-  int64_t row = 0;
-  for (; row + N <= count; row += N) {
-    bool some_empty = false;
-    for (int i = 0; i < N; ++i) some_empty |= is_empty(row + i);
-    if (accumulate && some_empty)
-      for (int i = 0; i < N; ++i) {
-        if (!is_empty(row + i)) write(std::integral_constant<int, 1>(), row + i);
-      }
-    else
-      write(std::integral_constant<int, N>(), row);
+  for (int64_t row = 0; row < count; row += kBlock) {
+    const int64_t end = row + kBlock < count ? row + kBlock : count;
+    Bits empty = 0;
+    for (int64_t i = row; i < end; ++i) empty += is_empty(i);
+    int64_t i = row;
+    if (!accumulate || empty == 0)
+      for (; i + N <= end; i += N) write(std::integral_constant<int, N>(), i);
+    for (; i < end; ++i)
+      if (!accumulate || !is_empty(i)) write(std::integral_constant<int, 1>(), i);
   }
-  for (; row < count; ++row)
-    if (!accumulate || !is_empty(row)) write(std::integral_constant<int, 1>(), row);
 }
 
 template <class T, class V>

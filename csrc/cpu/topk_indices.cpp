@@ -133,7 +133,7 @@ static Tensor topk_indices(const Tensor& scores, int64_t k) {
   const int64_t numel = scores.numel();
   if (k < 0 || k > numel)
     fail(kOp, "k", "must lie in [0, " + std::to_string(numel) + "], the number of scores, got " + std::to_string(k));
-  const Tensor score = torch::stable::contiguous(scores);
+  const Tensor score = as_contiguous(scores);
   const CpuKernels& kernels = cpu_kernels();
   const bool wide = numel >= (int64_t{1} << 31);
   Search search{

@@ -45,6 +45,7 @@ class Rows:
         self.slots = torch.empty(0)
         self.meter: Meter | None = None
         self._by_tokens: dict[int, torch.Tensor] = {}
+        self._by_shape: dict[torch.Size, torch.Tensor] = {}  # some of these, by the shape of x: a decode step's lookup
 
     def set(self, slots: Sequence[int], meter: Meter | None) -> None:
         """Tensors that earlier batches of as many rows used are written, so that captured graphs read the new slots."""
@@ -57,6 +58,7 @@ class Rows:
                 each.copy_(_spread(new, tokens))
         self.meter = meter
         self._by_tokens = known
+        self._by_shape.clear()
         self.slots = known[len(slots)]
 
     def clear(self) -> None:
@@ -66,15 +68,19 @@ class Rows:
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens] int32, for x [..., in]. Row i of n uses the name i // (n / names)."""
-        count, tokens = self.slots.shape[0], x.shape[:-1].numel()
-        rows = x.shape[0] if x.dim() > 1 else 1
-        if rows % count and not (rows == 1 and tokens == count):  # packed: one row, a name for each token
-            raise ValueError(f"batch: the model got {rows} rows, which is no multiple of the {count} names")
-        if torch.compiler.is_compiling():
-            return _spread(self.slots, tokens)
-        known = self._by_tokens.get(tokens)
+        compiling = torch.compiler.is_compiling()
+        known = None if compiling else self._by_shape.get(x.shape)
         if known is None:
-            known = self._keep(tokens)
+            count, tokens = self.slots.shape[0], x.shape[:-1].numel()
+            rows = x.shape[0] if x.dim() > 1 else 1
+            if rows % count and not (rows == 1 and tokens == count):  # packed: one row, a name for each token
+                raise ValueError(f"batch: the model got {rows} rows, which is no multiple of the {count} names")
+            if compiling:
+                return _spread(self.slots, tokens)
+            known = self._by_tokens.get(tokens)
+            if known is None:
+                known = self._keep(tokens)
+            self._by_shape[x.shape] = known
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             self._captured.add(id(known))
         return known
@@ -83,6 +89,7 @@ class Rows:
         with torch.inference_mode(False):
             self._by_tokens[tokens] = _spread(self.slots, tokens).clone()
         self._forget(self._by_tokens, lambda each: each is self.slots or id(each) in self._captured)
+        self._by_shape.clear()
         return self._by_tokens[tokens]
 
     @staticmethod
@@ -162,7 +169,8 @@ def _with_delta(out: torch.Tensor, x: torch.Tensor, table: Table, rows: Rows) ->
     adapters, pool = rows.of(x), table.pool
     # Autocast rounds the layer's input too; the deltas of float16 and bfloat16 weights stay what they are.
     own = out.dtype if pool.values.dtype == torch.float32 else pool.values.dtype
-    x = x.to(own)
+    if x.dtype != own:  # to() costs more than this where there is nothing to do
+        x = x.to(own)
     if out.requires_grad or not out.is_contiguous() or own != out.dtype:
         delta = sparse_delta_mm_batched(
             x, adapters, table.row_ptr, pool.col, pool.values, out.shape[-1], table.page_table
