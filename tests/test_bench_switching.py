@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
+import benchmarks
 import pytest
 import torch
-
-BENCH = str(Path(__file__).parent.parent / "bench")
 
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    """The modules of bench/ that this file tests."""
-    sys.path.insert(0, BENCH)
-    try:
-        names = (
-            "bench_adapter_file",
-            "bench_adapter_steps",
-            "bench_dimensions",
-            "bench_switching",
-            "compare",
-            "drift",
-            "switching_sides",
-        )
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(BENCH)
+    return benchmarks.modules(
+        "bench_adapter_file",
+        "bench_adapter_steps",
+        "bench_dimensions",
+        "bench_switching",
+        "compare",
+        "drift",
+        "switching_sides",
+    )
 
 
 @pytest.fixture(scope="module")
 def tiny(bench: Any) -> Any:
-    return bench.switching_sides.Architecture("tiny", bench.switching_sides.llama_shapes(64, 96, 1), rank=1)
+    return benchmarks.tiny_architecture(bench)
 
 
 @pytest.fixture
 def compare() -> Callable[..., None]:
-    """In place of the benchmarks' fixture: the check, then each side twice on each slot, not timed."""
-
-    def run(sides: dict[str, Any], *, ours: str, baselines: list[str], check: Any, slots: list[Any], **_: Any) -> None:
-        assert {ours, *baselines} <= sides.keys()
-        check()
-        for side in sides.values():
-            assert side.bytes_moved >= 0
-            for slot in (*slots, *slots):
-                with side.context():
-                    side.before(slot)
-                    side.run(slot)
-
-    return run
+    return benchmarks.untimed({})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

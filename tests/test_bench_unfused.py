@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import benchmarks
 import pytest
 import torch
 
-BENCH = str(Path(__file__).parent.parent / "bench")
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    """The modules of bench/ that this file tests."""
-    sys.path.insert(0, BENCH)
-    try:
-        names = ("bench_sparse_delta_mm", "bench_unfused", "compare", "switching_sides")
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(BENCH)
+    return benchmarks.modules("bench_sparse_delta_mm", "bench_unfused", "compare", "switching_sides")
 
 
 @pytest.fixture(scope="module")
 def tiny(bench: Any) -> Any:
-    return bench.switching_sides.Architecture("tiny", bench.switching_sides.llama_shapes(64, 96, 1), rank=1)
+    return benchmarks.tiny_architecture(bench)
 
 
 @pytest.fixture
@@ -42,20 +32,7 @@ def seen() -> dict[str, Any]:
 
 @pytest.fixture
 def compare(seen: dict[str, Any]) -> Callable[..., None]:
-    """In place of the benchmarks' fixture: the check, then each side twice on each slot, not timed."""
-
-    def run(sides: dict[str, Any], *, ours: str, baselines: list[str], check: Any, slots: list[Any], **_: Any) -> None:
-        assert {ours, *baselines} <= sides.keys()
-        seen.update(sides=sides, check=check, slots=slots)
-        check()
-        for side in sides.values():
-            assert side.bytes_moved > 0
-            for slot in (*slots, *slots):
-                with side.context():
-                    side.before(slot)
-                    side.run(slot)
-
-    return run
+    return benchmarks.untimed(seen)
 
 
 @pytest.fixture

@@ -7,18 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import exit_code_of
 from safetensors.torch import save_file
 
-from shira import Adapter, AdapterTensor, cli, latency
+from shira import Adapter, AdapterTensor, latency
 from shira.adapter import checksum_of
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["shira", "bench", "--seconds", "0", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
+    return exit_code_of(monkeypatch, "bench", "--seconds", "0", *arguments)
 
 
 @pytest.fixture

@@ -9,17 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import exit_code_of
 
 import shira
-from shira import cli
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["shira", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
 
 
 @pytest.mark.parametrize(
@@ -44,7 +36,7 @@ def test_bad_input(
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "report.md").write_text("mine")
-    assert run(monkeypatch, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
+    assert exit_code_of(monkeypatch, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("shira: ")
@@ -56,16 +48,16 @@ def test_bad_input(
 
 @pytest.mark.parametrize("command", ["demo", "report", "bench", "train"])
 def test_help_has_examples(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, command, "--help") == 0
+    assert exit_code_of(monkeypatch, command, "--help") == 0
     text = capsys.readouterr().out
     assert "Example" in text
     assert f"shira {command} " in text.partition("Example")[2]
 
 
 def test_without_arguments_there_is_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch) == 2
+    assert exit_code_of(monkeypatch) == 2
     assert "demo" in capsys.readouterr().out
-    assert run(monkeypatch, "--help") == 0
+    assert exit_code_of(monkeypatch, "--help") == 0
 
 
 def test_without_transformers_it_says_what_to_install(
@@ -73,7 +65,7 @@ def test_without_transformers_it_says_what_to_install(
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else real(name))
-    assert run(monkeypatch, "demo") == 2
+    assert exit_code_of(monkeypatch, "demo") == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "shira: the demo needs transformers: pip install shira-kernels[train]\n")
 
@@ -106,7 +98,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     output = tmp_path / "deep" / "out"
     output.mkdir(parents=True)
     (output / "report.md").write_text("old")
-    assert run(monkeypatch, "demo", "--quick", "-o", output, "--json", "--force") == 0
+    assert exit_code_of(monkeypatch, "demo", "--quick", "-o", output, "--json", "--force") == 0
 
     assert demo.bytes_hash(model) == before
     assert sorted(path.name for path in output.iterdir()) == [

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import Run
 from oracle import bits
 from safetensors.torch import load_file, save_file
 
 import shira
-from shira import Adapter, AdapterTensor, cli, convert
+from shira import Adapter, AdapterTensor, convert
 from shira.checkpoint import TensorFolder
 from shira.cli_files import plainly
 from shira.output import check_free
@@ -70,22 +71,6 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("misplaced/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     Path("cut").write_bytes(Path("a").read_bytes()[:-9])
     return tmp_path
-
-
-class Run:
-    """`shira` in this process, with the arguments of a command line."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, line: str) -> tuple[int, str, str]:
-        self.monkeypatch.setattr("sys.argv", ["shira", *line.split()])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert isinstance(stopped.value.code, int)
-        out, error = self.capsys.readouterr()
-        return stopped.value.code, out, error
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import exit_code_of
 from safetensors.torch import save_file
 
 import shira
-from shira import Adapter, AdapterTensor, cli, interference_report, metrics
+from shira import Adapter, AdapterTensor, interference_report, metrics
 from shira.adapter import checksum_of
 from shira.checkpoint import TensorFolder
 
@@ -25,11 +26,7 @@ NAMES = [f"layers.{i}.{kind}.weight" for i in (0, 2, 10) for kind in ("q", "up")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["shira", "report", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
+    return exit_code_of(monkeypatch, "report", *arguments)
 
 
 @pytest.fixture(scope="module")

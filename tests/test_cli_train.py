@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import exit_code_of
 
 import shira
 from shira import cli
@@ -24,11 +25,7 @@ WORDS = [f"w{i}" for i in range(24)]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["shira", "train", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
+    return exit_code_of(monkeypatch, "train", *arguments)
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -11,21 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import benchmarks
 import pytest
 import torch
 
 import shira
 
-BENCH = str(Path(__file__).parent.parent / "bench")
-
 
 @pytest.fixture(scope="module")
 def fusion() -> ModuleType:
-    sys.path.insert(0, BENCH)
-    try:
-        return importlib.import_module("fusion_quality")
-    finally:
-        sys.path.remove(BENCH)
+    return benchmarks.module("fusion_quality")
 
 
 @pytest.fixture(scope="module")

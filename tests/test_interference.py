@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import benchmarks
 import pytest
 import torch
-
-BENCH = str(Path(__file__).parent.parent / "bench")
 
 
 @pytest.fixture(scope="module")
 def interference() -> ModuleType:
-    sys.path.insert(0, BENCH)
-    try:
-        return importlib.import_module("interference")
-    finally:
-        sys.path.remove(BENCH)
+    return benchmarks.module("interference")
 
 
 @pytest.mark.parametrize("density", [0.01, 0.02])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import json
 import sys
 from collections import Counter
@@ -12,21 +11,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import benchmarks
 import pytest
 import torch
 
-BENCH = str(Path(__file__).parent.parent / "bench")
 COUNTS = {"train": 6, "validation": 3, "test": 3}
 SMALL = ("peft", "networkx", "huggingface_hub")
 
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
-    sys.path.insert(0, BENCH)
-    try:
-        return importlib.import_module("quality")
-    finally:
-        sys.path.remove(BENCH)
+    return benchmarks.module("quality")
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import Run
 from oracle import bits
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import shira
-from shira import adapter_file, cli, convert, merge
+from shira import adapter_file, convert, merge
 from shira.interference_report import run_report
 from shira.latency import run_bench
 
@@ -249,21 +250,6 @@ def test_one_tensor_of_the_base_is_in_memory_at_a_time(folder: Path) -> None:
         gc.enable()
     assert base.most == 1
     assert Path("again").read_bytes() == Path("a-bare").read_bytes()
-
-
-class Run:
-    """`shira` in this process, with the arguments of a command line."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, line: str) -> tuple[int, str, str]:
-        self.monkeypatch.setattr("sys.argv", ["shira", *line.split()])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert isinstance(stopped.value.code, int)
-        out, error = self.capsys.readouterr()
-        return stopped.value.code, out, error
 
 
 @pytest.fixture

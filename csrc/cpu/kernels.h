@@ -84,8 +84,8 @@ struct DeltaEntries {
 struct SparseDeltaToken {
   void (*widen)(const void* x, int64_t count, void* to);  // null where sums are of x's own type
   // Writes the sums of rows [begin, end) for a widened x, in whole memory lines, so `begin` is where one begins. Says
-  // whether their columns are sorted and unique in each row, and lie in [0, columns). next: the entries that are worth a
-  // prefetch when these come to their end, or null.
+  // whether their columns are sorted and unique in each row, and lie in [0, columns). next: the entries that are worth
+  // a prefetch when these come to their end, or null.
   bool (*sums)(const void* x, const DeltaEntries&, const DeltaEntries* next, int64_t begin, int64_t end, void* sums);
   // Adds sums to out, where rows without entries keep their bits, or writes them.
   void (*write)(const void* sums, int64_t count, bool accumulate, void* out);
