@@ -68,15 +68,9 @@ class Rows:
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens] int32, for x [..., in]. Row i of n uses the name i // (n / names)."""
-        compiling = torch.compiler.is_compiling()
-        known = None if compiling else self._by_shape.get(x.shape)
+        known = self._by_shape.get(x.shape)
         if known is None:
-            count, tokens = self.slots.shape[0], x.shape[:-1].numel()
-            rows = x.shape[0] if x.dim() > 1 else 1
-            if rows % count and not (rows == 1 and tokens == count):  # packed: one row, a name for each token
-                raise ValueError(f"batch: the model got {rows} rows, which is no multiple of the {count} names")
-            if compiling:
-                return _spread(self.slots, tokens)
+            tokens = self._check(x)
             known = self._by_tokens.get(tokens)
             if known is None:
                 known = self._keep(tokens)
@@ -84,6 +78,18 @@ class Rows:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             self._captured.add(id(known))
         return known
+
+    def compiled_for(self, x: torch.Tensor) -> torch.Tensor:
+        """The same, as a part of compiled code."""
+        return _spread(self.slots, self._check(x))
+
+    def _check(self, x: torch.Tensor) -> int:
+        """The number of tokens."""
+        count, tokens = self.slots.shape[0], x.shape[:-1].numel()
+        rows = x.shape[0] if x.dim() > 1 else 1
+        if rows % count and not (rows == 1 and tokens == count):  # packed: one row, a name for each token
+            raise ValueError(f"batch: the model got {rows} rows, which is no multiple of the {count} names")
+        return tokens
 
     def _keep(self, tokens: int) -> torch.Tensor:
         with torch.inference_mode(False):
@@ -148,13 +154,15 @@ class _UnfusedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         table, rows = self.shira_table, self.shira_rows
-        meter = None if torch.compiler.is_compiling() else rows.meter
+        if torch.compiler.is_compiling():
+            return _with_delta(super().forward(input), input, table, rows.compiled_for(input))  # type: ignore[misc]
+        meter = rows.meter
         if meter is None:
-            return _with_delta(super().forward(input), input, table, rows)  # type: ignore[misc]
+            return _with_delta(super().forward(input), input, table, rows.of(input))  # type: ignore[misc]
         with meter.lock:
             fused = meter.is_fused(self, input)
             out: torch.Tensor = super().forward(input)  # type: ignore[misc]
-            return out if fused else _with_delta(out, input, table, rows)
+            return out if fused else _with_delta(out, input, table, rows.of(input))
 
 
 class _UnfusedConv1D(_UnfusedLinear):
@@ -164,19 +172,17 @@ class _UnfusedConv1D(_UnfusedLinear):
         return super().forward(x)
 
 
-def _with_delta(out: torch.Tensor, x: torch.Tensor, table: Table, rows: Rows) -> torch.Tensor:
-    """The layer's output `out` for `x`, with each row's delta."""
-    adapters, pool = rows.of(x), table.pool
+def _with_delta(out: torch.Tensor, x: torch.Tensor, table: Table, slots: torch.Tensor) -> torch.Tensor:
+    """The layer's output `out` for `x`, with each token's delta."""
+    pool = table.pool
     # Autocast rounds the layer's input too; the deltas of float16 and bfloat16 weights stay what they are.
     own = out.dtype if pool.values.dtype == torch.float32 else pool.values.dtype
     if x.dtype != own:  # to() costs more than this where there is nothing to do
         x = x.to(own)
     if out.requires_grad or not out.is_contiguous() or own != out.dtype:
-        delta = sparse_delta_mm_batched(
-            x, adapters, table.row_ptr, pool.col, pool.values, out.shape[-1], table.page_table
-        )
+        delta = sparse_delta_mm_batched(x, slots, table.row_ptr, pool.col, pool.values, out.shape[-1], table.page_table)
         return out + delta.to(out.dtype)
-    add_sparse_delta_mm_batched(out, x, adapters, table.row_ptr, pool.col, pool.values, table.page_table)
+    add_sparse_delta_mm_batched(out, x, slots, table.row_ptr, pool.col, pool.values, table.page_table)
     return out
 
 
