@@ -108,8 +108,8 @@ Tensor masked_grad(const Tensor& grad_output, const Tensor& x, const Tensor& row
   const CpuKernels& kernels = cpu_kernels();
   count_call(kernels);
   if (nnz > 0 && x.numel() > 0)
-    run(kernels.masked_grad(operand, entries.wide_col), entries, as_contiguous(grad_output),
-        as_contiguous(x), sums.data_ptr());
+    run(kernels.masked_grad(operand, entries.wide_col), entries, as_contiguous(grad_output), as_contiguous(x),
+        sums.data_ptr());
   return sums;
 }
 
