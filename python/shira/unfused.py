@@ -18,7 +18,7 @@ from torch import nn
 
 from shira import layers
 from shira.pages import Table
-from shira_kernels import add_sparse_delta_mm_batched, sparse_delta_mm_batched
+from shira_kernels import sparse_delta_mm_batched
 
 # When unfused inference has cost as much as switching in and out, in tokens that the block has run; a forward costs as
 # much as FORWARD_TOKENS beside its tokens, since it reads all entries. From bench/bench_unfused.py,
@@ -30,6 +30,9 @@ FORWARD_TOKENS = 24
 MODES = ("auto", "fused", "unfused")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KEPT = 16  # numbers of rows, and for each of tokens, whose slots are kept
+
+# The op looked up once: in a decode step each call follows a base product, which leaves no code in the caches.
+add_sparse_delta_mm_batched = torch.ops.shira.add_sparse_delta_mm_batched.default
 
 T = TypeVar("T")
 Users = Mapping[torch.Tensor, Sequence[tuple[str, nn.Module, str]]]  # of each parameter: module's name, module, role
