@@ -72,11 +72,14 @@ template <int S, class V, int N>
   }
 }
 
-// Between 16 and 32 bits: GCC's __builtin_convertvector makes 16 lanes of two halves.
+// Between 16 and 32 bits: GCC's __builtin_convertvector makes 8 and 16 lanes of two halves.
 template <int N>
 inline Lanes<uint32_t, N> zero_extended(Lanes<uint16_t, N> from) {
 #if SHIRA_VECTOR_BYTES == 64
   if constexpr (N == 16) return (Lanes<uint32_t, N>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)from);
+#endif
+#if SHIRA_VECTOR_BYTES >= 32
+  if constexpr (N == 8) return (Lanes<uint32_t, N>)_mm256_cvtepu16_epi32((__m128i)from);
 #endif
   return __builtin_convertvector(from, Lanes<uint32_t, N>);
 }
