@@ -273,6 +273,7 @@ BAD_SINGLE = [
     *BAD_X,
     *BAD_VALUES,
     ("row_ptr", lambda t: t.float(), "row_ptr must be int32 or int64"),
+    ("row_ptr", lambda t: t.to(torch.uint16), "row_ptr must be int32 or int64, got torch.uint16"),
     ("row_ptr", lambda t: t.view(2, 2), "row_ptr must be 1-D"),
     ("row_ptr", lambda t: t[:3], "row_ptr must have one entry more than"),
     ("row_ptr", lambda t: t.repeat_interleave(2)[::2], "row_ptr must be contiguous"),
@@ -317,6 +318,7 @@ BAD_BATCHED = [
     ("page_table", lambda t: t.flatten(), r"page_table must be \[adapters, pages\] with 3 adapters"),
     ("page_table", lambda t: t.repeat_interleave(2, 1)[:, ::2], "page_table must be contiguous"),
     ("page_table", lambda t: t[:, :1].contiguous(), "row_ptr of adapter 0 must rise within"),
+    ("page_table", lambda t: t[:, :0], "row_ptr of adapter 0 must rise within"),
     ("page_table", lambda t: t + 2, r"page_table of adapter [02] must lie in \[0, 3\) where it has entries"),
     ("page_table", lambda t: t - 2, r"page_table of adapter [02] must lie in \[0, 3\) where it has entries"),
 ]

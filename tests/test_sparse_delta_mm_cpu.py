@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -396,6 +398,27 @@ def test_columns_do_not_fit_a_layer_without_any(isa: str) -> None:
         for tokens in (1, 2):
             with pytest.raises(RuntimeError, match=r"col must lie in \[0, 0\), got 0"):
                 ops.sparse_delta_mm(torch.zeros(tokens, 0), row_ptr, col, values, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory is in use")
+def test_no_memory_writes_nothing() -> None:
+    """One token is alone with its adapter, and needs little; the panel of the other five is 64 MB."""
+    import resource
+
+    x, out = torch.ones(6, 2**21), torch.zeros(6, 1)
+    token_adapter, row_ptr = torch.tensor([0, 1, 1, 1, 1, 1]), torch.tensor([[0, 1], [1, 2]])
+    entries = [token_adapter.int(), row_ptr.int(), torch.zeros(2, dtype=torch.int32), torch.ones(2)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**25, hard))
+    try:
+        with pytest.raises(MemoryError):
+            ops.add_sparse_delta_mm_batched(out, x, *entries)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert not out.any()
+    ops.add_sparse_delta_mm_batched(out, x, *entries)
+    assert out.eq(1).all()
 
 
 @each_isa

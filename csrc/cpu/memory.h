@@ -78,4 +78,18 @@ class KeptBytes {
   int64_t size_ = 0;
 };
 
+// Memory for one call: the thread's kept one until its next call, or, where that would be too much to keep, its own.
+class CallBytes {
+ public:
+  CallBytes() = default;
+  CallBytes(KeptBytes& kept, int64_t size, int64_t most_kept)
+      : own_(size > most_kept ? aligned_bytes(size) : nullptr), bytes_(own_ ? own_.get() : kept.at_least(size)) {}
+
+  char* get() const { return bytes_; }
+
+ private:
+  AlignedBytes own_;
+  char* bytes_ = nullptr;
+};
+
 }  // namespace shira

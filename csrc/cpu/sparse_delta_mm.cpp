@@ -22,7 +22,7 @@ constexpr int64_t kBlockCost = 12;       // an entry costs as much as this many 
 constexpr int64_t kAloneCost = kBlockCost + 1;
 constexpr int64_t kCostPerThread = 16384 * kAloneCost;  // below this a thread costs more than it saves
 constexpr int64_t kNumbersPerThread = 1 << 14;          // of those packed, the same
-constexpr int64_t kMostKept = 4 << 20;                  // bytes of sums that stay from call to call
+constexpr int64_t kMostKept = 4 << 20;                  // bytes of sums that stay from call to call, and of panels
 
 std::string of_adapter(const char* argument, int64_t adapter) {
   return std::string(argument) + " of adapter " + std::to_string(adapter);
@@ -38,16 +38,18 @@ int64_t last_size(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); 
 
 // The arenas of a call's adapters.
 struct Arenas {
-  const int32_t* page_table;  // null where there are no pages
+  bool paged;
+  const int32_t* page_table;
   int64_t pages, page_size, pages_per_adapter;
 
   Arenas(const Tensor& columns, const std::optional<Tensor>& table)
-      : page_table(table ? static_cast<const int32_t*>(table->data_ptr()) : nullptr),
+      : paged(table.has_value()),
+        page_table(table ? static_cast<const int32_t*>(table->data_ptr()) : nullptr),
         pages(columns.size(0)),
         page_size(table ? columns.size(1) : 0),
         pages_per_adapter(table ? table->size(1) : 0) {}
 
-  int64_t room() const { return page_table ? pages_per_adapter * page_size : pages; }
+  int64_t room() const { return paged ? pages_per_adapter * page_size : pages; }
 };
 
 void check_pages(const char* op, const Arenas& arenas, int64_t adapter, const DeltaEntries& entries) {
@@ -221,9 +223,9 @@ bool add_sums(const Tensor& x, const Tensor& values, TokenGroups& groups) {
   const int64_t sum_bytes = aligned_size(rows.end * kernel.number_bytes), all_sums = count * sum_bytes;
   const int64_t bytes = all_sums + (kernel.widen ? count * widened_bytes : 0);
   thread_local KeptBytes kept;
-  if (bytes > kMostKept) groups.many_sums = aligned_bytes(bytes);
-  groups.sums = bytes > kMostKept ? groups.many_sums.get() : kept.at_least(bytes);
-  char* widened = groups.sums + all_sums;
+  groups.sums = CallBytes(kept, bytes, kMostKept);
+  char* sums = groups.sums.get();
+  char* widened = sums + all_sums;
   if (kernel.widen) {
     const int64_t chunks = std::min(count, threads_for(count * rows.columns, kNumbersPerThread));
     over_chunks(chunks, [&](int64_t chunk) {
@@ -240,7 +242,7 @@ bool add_sums(const Tensor& x, const Tensor& values, TokenGroups& groups) {
     const auto at = static_cast<int64_t>(i);
     const void* own = kernel.widen ? widened + at * widened_bytes : x_of(at);
     const DeltaEntries* next = i + 1 < alone.size() ? &alone[i + 1]->entries : nullptr;
-    if (!kernel.sums(own, alone[i]->entries, next, first, last, groups.sums + at * sum_bytes)) fit = false;
+    if (!kernel.sums(own, alone[i]->entries, next, first, last, sums + at * sum_bytes)) fit = false;
   });
   return fit;
 }
@@ -255,7 +257,7 @@ void write_sums(const TokenGroups& groups, const Tensor& out, bool accumulate) {
   over_chunks(chunks, [&](int64_t chunk) {
     for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i) {
       const int64_t at = groups.tokens[alone[i]->begin] * rows * static_cast<int64_t>(out.element_size());
-      groups.alone.write(groups.sums + i * sum_bytes, rows, accumulate, static_cast<char*>(out.data_ptr()) + at);
+      groups.alone.write(groups.sums.get() + i * sum_bytes, rows, accumulate, static_cast<char*>(out.data_ptr()) + at);
     }
   });
 }
@@ -397,7 +399,7 @@ TokenGroups tokens_by_adapter(const char* op, const Tensor& x, const Tensor& tok
       fail(op, of_adapter("row_ptr", adapter),
            "must rise within [0, " + std::to_string(arenas.room()) + "], got from " + std::to_string(first) + " to " +
                std::to_string(last));
-    const int32_t* page_of = arenas.page_table ? arenas.page_table + adapter * arenas.pages_per_adapter : nullptr;
+    const int32_t* page_of = arenas.paged ? arenas.page_table + adapter * arenas.pages_per_adapter : nullptr;
     result.groups.push_back({begin, end, {all, values.data_ptr(), page_of, arenas.page_size}, {}});
     if (page_of) check_pages(op, arenas, adapter, result.groups.back().entries);
     begin = end;
@@ -419,7 +421,6 @@ void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, 
   const TokenBlock operands{nullptr,        0,         x.data_ptr(), last_size(x), nullptr, out.data_ptr(),
                             last_size(out), accumulate};
   if (operands.rows == 0) return;
-  write_sums(groups, out, accumulate);
   std::vector<Block> blocks =
       blocks_of(groups, kernels, element_of(dtype_of(x)), element_of(dtype_of(values)), operands);
   int64_t cost = 0;
@@ -440,8 +441,9 @@ void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, 
   }
   waves.push_back(blocks.size());
   thread_local KeptBytes kept;
-  char* panels = kept.at_least(most_bytes);
-  for (Block& block : blocks) block.block.panel = panels + block.panel_begin;
+  const CallBytes panels(kept, most_bytes, std::max(kMostKept, chunks * kWaveBytes));
+  for (Block& block : blocks) block.block.panel = panels.get() + block.panel_begin;
+  write_sums(groups, out, accumulate);  // now that there is memory for all
   for (size_t wave = 0; wave + 1 < waves.size(); ++wave)
     if (waves[wave] < waves[wave + 1]) run_wave(blocks, waves[wave], waves[wave + 1], chunks);
 }

@@ -32,8 +32,7 @@ struct TokenGroups {
   std::vector<TokenGroup> groups;
   std::vector<std::vector<char>> copies;  // of rows that cross from one page to the next
   SparseDeltaToken alone{};               // for tokens that are alone in their groups
-  char* sums = nullptr;                   // of these, in the order of the groups, until the thread's next call
-  AlignedBytes many_sums;                 // where they are too many to be kept
+  CallBytes sums;                         // of these, in the order of the groups
 };
 
 // The form of a layer's input.

@@ -228,7 +228,7 @@ inline __m512 sums_of_short_rows(const float* products, const RowSpans<16>& rows
         _mm512_maskz_unpacklo_ps(kAll, sums[i], sums[i + 2]) + _mm512_maskz_unpackhi_ps(kAll, sums[i], sums[i + 2]);
   const __m512 all =
       _mm512_maskz_unpacklo_ps(kAll, sums[0], sums[1]) + _mm512_maskz_unpackhi_ps(kAll, sums[0], sums[1]);
-  return all + __m512{};
+  return all + __m512{};  // no -0, which is the sum of a row without entries
 }
 #endif
 
@@ -388,9 +388,9 @@ class TokenSums {
 template <class S, class V, class Col>
 bool token_sums(const void* x, const DeltaEntries& entries, const DeltaEntries* next, int64_t begin, int64_t end,
                 void* sums) {
-  if (entries.rows.columns == 0) {
+  if (entries.rows.border(begin) == entries.rows.border(end)) {  // there may be no arrays at all
     for (int64_t row = begin; row < end; ++row) static_cast<S*>(sums)[row] = -S{};
-    return entries.rows.border(begin) == entries.rows.border(end);
+    return true;
   }
   TokenSums<S, V, std::make_unsigned_t<Col>> all(static_cast<const S*>(x), entries, next);
   return all.form(begin, end, static_cast<S*>(sums));

@@ -43,12 +43,13 @@ Element element_of(int32_t dtype) {
 
 std::string dtype_name(int32_t dtype) {
   static const std::vector<std::pair<int32_t, const char*>> names = {
-      {aoti_torch_dtype_float64(), "torch.float64"},     {aoti_torch_dtype_float32(), "torch.float32"},
-      {aoti_torch_dtype_bfloat16(), "torch.bfloat16"},   {aoti_torch_dtype_float16(), "torch.float16"},
-      {aoti_torch_dtype_int64(), "torch.int64"},         {aoti_torch_dtype_int32(), "torch.int32"},
-      {aoti_torch_dtype_int16(), "torch.int16"},         {aoti_torch_dtype_int8(), "torch.int8"},
-      {aoti_torch_dtype_uint8(), "torch.uint8"},         {aoti_torch_dtype_bool(), "torch.bool"},
-      {aoti_torch_dtype_complex64(), "torch.complex64"}, {aoti_torch_dtype_complex128(), "torch.complex128"},
+      {aoti_torch_dtype_float64(), "torch.float64"},       {aoti_torch_dtype_float32(), "torch.float32"},
+      {aoti_torch_dtype_bfloat16(), "torch.bfloat16"},     {aoti_torch_dtype_float16(), "torch.float16"},
+      {aoti_torch_dtype_int64(), "torch.int64"},           {aoti_torch_dtype_int32(), "torch.int32"},
+      {aoti_torch_dtype_int16(), "torch.int16"},           {aoti_torch_dtype_int8(), "torch.int8"},
+      {aoti_torch_dtype_uint8(), "torch.uint8"},           {aoti_torch_dtype_bool(), "torch.bool"},
+      {aoti_torch_dtype_uint16(), "torch.uint16"},         {aoti_torch_dtype_complex64(), "torch.complex64"},
+      {aoti_torch_dtype_complex128(), "torch.complex128"},
   };
   for (const auto& [known, name] : names)
     if (known == dtype) return name;
