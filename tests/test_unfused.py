@@ -721,6 +721,42 @@ def test_forwards_of_other_threads_see_the_batch() -> None:
     close(results[0], want)
 
 
+def test_two_threads_forget_what_is_too_much() -> None:
+    """The second has more numbers of tokens, too, while the first forgets some."""
+    rows, second = unfused.Rows(torch.device("cpu")), threading.Thread(target=lambda: rows.of(torch.empty(1, 40, 4)))
+
+    class Captured(set[int]):
+        def __contains__(self, item: object) -> bool:
+            if second.ident is None:
+                second.start()
+                second.join(0.2)  # it may have to wait
+            return super().__contains__(item)
+
+    rows.set([3], None)
+    rows._captured = Captured()
+    for tokens in range(1, 20):
+        assert rows.of(torch.empty(1, tokens, 4)).tolist() == [3] * tokens
+    second.join()
+    assert len(rows._by_tokens) == unfused._KEPT + 1  # the batch's own slots are one more
+
+
+def test_a_forward_that_outlasts_its_batch_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, spread = unfused.Rows(torch.device("cpu")), unfused._spread
+    rows.set([0, 1, 2, 3], None)
+    following = threading.Thread(target=rows.set, args=([7, 5], None))
+
+    def slow_spread(slots: torch.Tensor, tokens: int) -> torch.Tensor:
+        if following.ident is None:
+            following.start()
+            following.join(0.2)  # it may have to wait
+        return spread(slots, tokens)
+
+    monkeypatch.setattr(unfused, "_spread", slow_spread)
+    rows.of(torch.empty(8, 4))
+    following.join()
+    assert rows.of(torch.empty(8, 4)).tolist() == [7] * 4 + [5] * 4
+
+
 def test_everything_is_as_before_after_an_exception() -> None:
     model = Small()
     bank, x = small_bank(model), inputs(2, 12)

@@ -38,7 +38,7 @@ class BankStats:
         switches: how many there were; `using` makes two.
         last_switch_us: duration of the last one in us, on a GPU until all was launched; None before the first.
         unfused_bytes: of the pages and tables of unfused adapters, on the model's devices.
-        pages: how many pages there are, of 1024 entries each.
+        pages: how many pages there are, of 4096 entries each.
         pages_used: those that hold something.
         resident: the adapters and mixes in them, as `switch` takes them, the least recently used first.
         hits: adapters and mixes that a batch found there.

@@ -49,35 +49,38 @@ class Rows:
         self.meter: Meter | None = None
         self._by_tokens: dict[int, torch.Tensor] = {}
         self._by_shape: dict[torch.Size, torch.Tensor] = {}  # some of these, by the shape of x: a decode step's lookup
+        self._lock = threading.Lock()  # of the dictionaries, but for that lookup: other threads may run the model too
 
     def set(self, slots: Sequence[int], meter: Meter | None) -> None:
         """Tensors that earlier batches of as many rows used are written, so that captured graphs read the new slots."""
-        with torch.inference_mode(False):
+        with self._lock, torch.inference_mode(False):
             new = torch.tensor(slots, dtype=torch.int32, device=self._device)
             known = self._known.pop(len(slots), None) or {len(slots): torch.empty_like(new)}
             self._known[len(slots)] = known
             self._forget(self._known, lambda by_tokens: any(id(each) in self._captured for each in by_tokens.values()))
             for tokens, each in known.items():
                 each.copy_(_spread(new, tokens))
-        self.meter = meter
-        self._by_tokens = known
-        self._by_shape.clear()
-        self.slots = known[len(slots)]
+            self.meter = meter
+            self._by_tokens = known
+            self._by_shape.clear()
+            self.slots = known[len(slots)]
 
     def clear(self) -> None:
         """No row uses a slot any more."""
-        for each in self._by_tokens.values():
-            each.fill_(-1)
+        with self._lock:
+            for each in self._by_tokens.values():
+                each.fill_(-1)
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens] int32, for x [..., in]. Row i of n uses the name i // (n / names)."""
         known = self._by_shape.get(x.shape)
         if known is None:
-            tokens = self._check(x)
-            known = self._by_tokens.get(tokens)
-            if known is None:
-                known = self._keep(tokens)
-            self._by_shape[x.shape] = known
+            with self._lock:
+                tokens = self._check(x)
+                known = self._by_tokens.get(tokens)
+                if known is None:
+                    known = self._keep(tokens)
+                self._by_shape[x.shape] = known
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             self._captured.add(id(known))
         return known
