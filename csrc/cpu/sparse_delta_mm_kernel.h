@@ -16,7 +16,8 @@
 // of unpackings (2.6), pairs of entries by AVX512-BF16 (2.7: vdpbf16ps takes two cycles; its bits are those of one
 // product added after the other), two values from one load, squares of 64 rows, other distances of prefetches of out.
 // 128 tokens of bfloat16 take 2.2 for each 64 where nothing else uses the second cache, else more than 64 do. Nor AMX,
-// with tiles of 32 entries beside the columns they name (2.6): to gather those takes 2.3, to multiply them 1. Panels
+// with tiles of 32 entries beside the columns they name (2.6): to gather those takes 2.3, to multiply them 1. Left
+// out, for 8 tokens: panels of bfloat16 (2 % off), entries widened ahead for two rows at a time (a sixth off). Panels
 // lie in pages of 2 MB, which take up to a fourth off (11008 columns); they are kept, for clearing them takes 0.2 ms.
 // What is beside the entries: packing is a tenth, out a fifth of 64 tokens' time, most of it to transpose and round
 // (sums leave the first cache until they are read). Its rows lie far apart, often in one set of the first cache, so
