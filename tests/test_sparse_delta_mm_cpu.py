@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from functools import partial
 from pathlib import Path
@@ -400,8 +401,14 @@ def test_columns_do_not_fit_a_layer_without_any(isa: str) -> None:
                 ops.sparse_delta_mm(torch.zeros(tokens, 0), row_ptr, col, values, 3)
 
 
+def in_use() -> tuple[int, int]:
+    """Bytes of this process: its address space, and what of it is in memory."""
+    size, resident = Path("/proc/self/statm").read_text().split()[:2]
+    return int(size) * mmap.PAGESIZE, int(resident) * mmap.PAGESIZE
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory is in use")
-def test_no_memory_writes_nothing() -> None:
+def test_no_memory_writes_nothing_and_much_is_not_kept() -> None:
     """One token is alone with its adapter, and needs little; the panel of the other five is 64 MB."""
     import resource
 
@@ -409,8 +416,8 @@ def test_no_memory_writes_nothing() -> None:
     token_adapter, row_ptr = torch.tensor([0, 1, 1, 1, 1, 1]), torch.tensor([[0, 1], [1, 2]])
     entries = [token_adapter.int(), row_ptr.int(), torch.zeros(2, dtype=torch.int32), torch.ones(2)]
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**25, hard))
+    size, resident = in_use()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**25, hard))
     try:
         with pytest.raises(MemoryError):
             ops.add_sparse_delta_mm_batched(out, x, *entries)
@@ -419,6 +426,7 @@ def test_no_memory_writes_nothing() -> None:
     assert not out.any()
     ops.add_sparse_delta_mm_batched(out, x, *entries)
     assert out.eq(1).all()
+    assert in_use()[1] < resident + 2**25  # a panel of that size is given back
 
 
 @each_isa

@@ -38,18 +38,16 @@ int64_t last_size(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); 
 
 // The arenas of a call's adapters.
 struct Arenas {
-  bool paged;
-  const int32_t* page_table;
-  int64_t pages, page_size, pages_per_adapter;
+  const int32_t* page_table;                    // null where there are no pages, or none for any adapter
+  int64_t pages, page_size, pages_per_adapter;  // page_size is 0 where there are no pages
 
   Arenas(const Tensor& columns, const std::optional<Tensor>& table)
-      : paged(table.has_value()),
-        page_table(table ? static_cast<const int32_t*>(table->data_ptr()) : nullptr),
+      : page_table(table ? static_cast<const int32_t*>(table->data_ptr()) : nullptr),
         pages(columns.size(0)),
         page_size(table ? columns.size(1) : 0),
         pages_per_adapter(table ? table->size(1) : 0) {}
 
-  int64_t room() const { return paged ? pages_per_adapter * page_size : pages; }
+  int64_t room() const { return page_size > 0 ? pages_per_adapter * page_size : pages; }
 };
 
 void check_pages(const char* op, const Arenas& arenas, int64_t adapter, const DeltaEntries& entries) {
@@ -399,7 +397,7 @@ TokenGroups tokens_by_adapter(const char* op, const Tensor& x, const Tensor& tok
       fail(op, of_adapter("row_ptr", adapter),
            "must rise within [0, " + std::to_string(arenas.room()) + "], got from " + std::to_string(first) + " to " +
                std::to_string(last));
-    const int32_t* page_of = arenas.paged ? arenas.page_table + adapter * arenas.pages_per_adapter : nullptr;
+    const int32_t* page_of = arenas.page_table ? arenas.page_table + adapter * arenas.pages_per_adapter : nullptr;
     result.groups.push_back({begin, end, {all, values.data_ptr(), page_of, arenas.page_size}, {}});
     if (page_of) check_pages(op, arenas, adapter, result.groups.back().entries);
     begin = end;
