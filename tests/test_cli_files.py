@@ -381,6 +381,7 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_work(
     assert run("diff base tuned -o tuned/new") == (2, "", "shira: tuned: Permission denied\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
@@ -389,13 +390,14 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_work(
         ("{shira} info a >&-", (0, "")),
     ],
 )
-def test_output_that_nobody_reads(files: Path, command: str, expected: tuple[int, str]) -> None:
+def test_output_that_nobody_reads(files: Path, command: str, expected: tuple[int, str], unbuffered: str) -> None:
     """A pipe that is closed, a full disk, and no standard output at all: no traceback, and the work is done."""
     bash = shutil.which("bash")
     if bash is None or not Path("/dev/full").exists():
         pytest.skip("this needs bash and /dev/full")
     line = command.format(shira=f"{sys.executable} -m shira.cli") + "; exit ${PIPESTATUS[0]}"
-    done = subprocess.run([bash, "-c", line], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([bash, "-c", line], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == expected
     assert Path("new").exists() == ("-o new" in command)
 

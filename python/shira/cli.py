@@ -217,12 +217,13 @@ def main() -> None:
                 sys.stdout.flush()
     except _USAGE_ERROR as error:
         _fail(error.format_message())  # type: ignore[attr-defined]
-    except BrokenPipeError:  # a reader such as `head` has seen enough; it must not be told again at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # a reader such as `head` has seen enough
+        _drop_unwritable_output()
         sys.exit(1)
     except CommandError as error:
         _fail(str(error))
     except OSError as error:
+        _drop_unwritable_output()
         what, path = error.strerror or str(error), error.filename2 or error.filename  # of two the one that is written
         _fail(what if path is None else f"{os.fsdecode(path)}: {what}")
     except (KeyboardInterrupt, typer.Abort):
@@ -245,6 +246,15 @@ def _ended_by_exceptions() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _drop_unwritable_output() -> None:
+    """What standard output refuses would be written once more when Python ends, which then ends with code 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(message: str) -> None:
