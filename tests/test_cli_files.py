@@ -386,6 +386,7 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_work(
     ("command", "expected"),
     [
         ("{shira} diff base tuned -o new 2>&1 | true", (1, "")),
+        ("{shira} info a --json | true", (1, "")),
         ("{shira} info a > /dev/full", (2, "shira: No space left on device\n")),
         ("{shira} info a >&-", (0, "")),
     ],
