@@ -233,6 +233,47 @@ def test_threads_split_the_whole_arena(dtype: torch.dtype, threads: int) -> None
         assert torch.equal(bits(tensors[name]), bits(expected[name]))
 
 
+@each_backend
+@pytest.mark.parametrize("step_on_device", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_extreme_gradients_and_moments(backend: Backend, dtype: torch.dtype, step_on_device: bool) -> None:
+    """Where v becomes infinite the weight only decays; nothing but a NaN, or infinity over infinity, gives a NaN."""
+    inf, nan = math.inf, math.nan
+    huge = 1e300 if dtype == torch.float64 else 1e30  # its square is infinite
+    gradients = (huge, -huge, inf, -inf, nan, -0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+    moments = (*[(0.0, 0.0)] * 8, (0.0, inf), (1.0, huge), (-inf, 1.0), (-0.0, 0.0))
+    compute, count = torch.promote_types(dtype, torch.float32), len(gradients)
+    m, v = torch.tensor(moments, dtype=compute).t().contiguous().unbind()
+    before = {
+        "weights": [torch.full((count + 1,), 2.0, dtype=dtype)],
+        "offsets": torch.tensor([0, count]),
+        "indices": torch.arange(count, dtype=torch.int32),
+        "grads": [torch.tensor(gradients, dtype=compute)],  # 1e30 is no float16
+        "exp_avg": m,
+        "exp_avg_sq": v,
+        "master": None,
+        "step": torch.tensor(3.0),
+    }
+    before["grads"] = [before["grads"][0].to(dtype)] if dtype == torch.float64 else before["grads"]
+    after = moved(before, backend.device, keep=("offsets",) if step_on_device else ("offsets", "step"))
+    expected = moved(before, "cpu")
+    with backend.running():
+        run(after)
+    with backends.use("reference"):
+        run(expected)
+    weight = after["weights"][0].cpu()
+    two, decay = torch.tensor([2.0, 1 - NUMBERS["lr"] * NUMBERS["weight_decay"]], dtype=compute)
+    decayed = two * decay
+    assert weight[[0, 1, 5, 6, 8, 11]].tolist() == [float(decayed.to(dtype))] * 6
+    assert torch.isnan(weight).nonzero().view(-1).tolist() == [2, 3, 4, 10]
+    assert after["exp_avg_sq"][[0, 1, 8]].tolist() == [inf] * 3
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
+        a, b = (torch.cat(x[name]) if name == "weights" else x[name].cpu() for x in (after, expected))
+        a, nan_at = a.cpu(), b.isnan()
+        assert torch.equal(a.isnan(), nan_at)
+        assert torch.equal(bits(a[~nan_at]), bits(b[~nan_at])), name
+
+
 FLOATS = st.floats(width=16, allow_nan=False)
 
 

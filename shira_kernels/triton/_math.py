@@ -101,7 +101,7 @@ def divide(x, y):
 @triton.jit
 def power(beta, step):
     """beta^step by squaring: multiplications round alike on every device, which pow does not."""
-    result = beta * 0.0 + 1.0
+    result = tl.full([], 1.0, tl.float64)
     while step > 0:
         result = tl.where((step & 1) != 0, result * beta, result)
         beta = beta * beta
@@ -124,6 +124,6 @@ def adamw(w, g, m, v, step, lr_bits, beta1_bits, beta2_bits, eps_bits, weight_de
     w = w * decay
     m = tl.where(from_old, m, g) + (g - m) * lerp
     v = v * beta2.to(w.dtype) + g * one_minus_beta2 * g
-    denom = divide(square_root(v), bias_correction2_sqrt + v * 0.0) + float_of(eps_bits).to(w.dtype)
+    denom = divide(square_root(v), tl.broadcast_to(bias_correction2_sqrt, v.shape)) + float_of(eps_bits).to(w.dtype)
     w = w + divide(m * negative_step_size, denom)
     return w, m, v
