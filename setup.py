@@ -7,12 +7,29 @@ SHIRA_BUILD=auto  CPU kernels where there is a compiler, CUDA kernels where nvcc
 """
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
+
+
+def find_cuda() -> None:
+    """Sets CUDA_HOME to where nvcc's libraries are, unless it is set to a folder that has nvcc.
+
+    The nvcc on the PATH may be a script that calls one elsewhere, so its own folder says nothing; nvcc is asked.
+    """
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or (given and Path(given, "bin", "nvcc").exists()):
+        return
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", said.stdout + said.stderr, re.MULTILINE)
+    if top and Path(top[1], "bin", "nvcc").exists():
+        os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 
 
 def extension_arguments() -> dict:
@@ -25,11 +42,19 @@ def extension_arguments() -> dict:
     if mode == "0" or (mode == "auto" and compiler is None):
         print("shira-kernels: no C++ kernels are built;", "SHIRA_BUILD=0" if mode == "0" else "no C++ compiler found")
         return {}
+    find_cuda()  # before PyTorch's module below looks for it
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     has_nvcc = CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()
-    with_cuda = mode == "cuda" or (mode == "auto" and torch.version.cuda is not None and has_nvcc)
+    missing = "" if has_nvcc else f"there is no nvcc on the PATH or in CUDA_HOME ({CUDA_HOME or 'not set'})"
+    if torch.version.cuda is None:
+        missing = "torch is a build without CUDA"
+    elif missing and mode == "auto":
+        print(f"shira-kernels: {missing}: CPU kernels are built, and no CUDA kernels", file=sys.stderr)
+    if missing and mode == "cuda":
+        raise SystemExit(f"SHIRA_BUILD=cuda cannot be built: {missing}")
+    with_cuda = mode != "cpu" and not missing
     sources = ["csrc/bindings.cpp", *map(str, sorted(Path("csrc").glob("[ch]*/*.cpp")))]
     # Each operation rounds on its own, on every backend; only functions in SHIRA_ISA namespaces use wider instructions.
     # Square roots need not set errno, so they are vectorised.

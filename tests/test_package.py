@@ -160,6 +160,78 @@ def test_one_stem_for_each_op() -> None:
     assert checks.returncode == 0, checks.stderr
 
 
+# What setup.py asks setuptools to build, with a torch that says it has CUDA; nothing is built.
+SETUP = """
+import json, runpy, sys, setuptools, torch
+torch.version.cuda, torch.cuda._is_compiled, torch.cuda.is_available = "13.0", lambda: True, lambda: False
+made = {}
+setuptools.setup = made.update
+sys.argv = ["setup.py", "build_ext"]
+runpy.run_path("setup.py")
+(extension,) = made["ext_modules"]
+print(json.dumps({name: getattr(extension, name) for name in ("sources", "library_dirs", "include_dirs", "libraries")}))
+"""
+
+
+def setup_with(nvcc: str | None, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs SETUP where the nvcc on the PATH is a script with this text, or there is none."""
+    tools = folder / "tools"
+    tools.mkdir(parents=True, exist_ok=True)
+    for name in ("c++", "g++", "sh"):
+        if (found := shutil.which(name)) and not (tools / name).exists():
+            (tools / name).symlink_to(found)
+    if nvcc is not None:
+        (tools / "nvcc").write_text(nvcc)
+        (tools / "nvcc").chmod(0o755)
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
+    return subprocess.run(
+        [sys.executable, "-c", SETUP],
+        cwd=ROOT,
+        env={**inherited, "SHIRA_BUILD": "auto", "PATH": str(tools), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def extension_of(result: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_an_nvcc_that_calls_another_is_asked_where_cuda_is(tmp_path: Path) -> None:
+    real = tmp_path / "real cuda"
+    for folder in ("bin", "lib64", "include"):
+        (real / folder).mkdir(parents=True)
+    (real / "bin/nvcc").touch()
+    wrapper = (
+        f"#!/bin/sh\n[ \"$1\" = --dryrun ] && echo '#$ _HERE_=/elsewhere' >&2 && echo '#$ TOP={real}/bin/..' >&2\n"
+    )
+    for environment in ({}, {"CUDA_HOME": str(tmp_path / "nothing")}):
+        result = setup_with(wrapper, tmp_path, **environment)
+        extension = extension_of(result)
+        assert str(real / "lib64") in extension["library_dirs"], (environment, result.stderr)
+        assert "csrc/cuda/launch.cu" in extension["sources"]
+        assert "cudart" in extension["libraries"]
+
+
+def test_a_cuda_home_with_an_nvcc_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch()
+    result = setup_with("#!/bin/sh\necho '#$ TOP=/elsewhere' >&2\n", tmp_path, CUDA_HOME=str(tmp_path))
+    assert any(path.startswith(str(tmp_path)) for path in extension_of(result)["library_dirs"])
+
+
+def test_a_build_without_nvcc_says_so(tmp_path: Path) -> None:
+    result = setup_with(None, tmp_path, CUDA_HOME=str(tmp_path))
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("shira-kernels:")]
+    assert f"there is no nvcc on the PATH or in CUDA_HOME ({tmp_path}): CPU kernels are built, and no CUDA" in line
+    assert not [source for source in extension_of(result)["sources"] if source.endswith(".cu")]
+    wanted = setup_with(None, tmp_path, CUDA_HOME=str(tmp_path), SHIRA_BUILD="cuda")
+    assert wanted.returncode == 1
+    assert "SHIRA_BUILD=cuda cannot be built: there is no nvcc" in wanted.stderr
+
+
 def test_schemas_are_the_contract() -> None:
     rest = "Tensor indices, Tensor values, float alpha=1., bool additive=False, Tensor(b!)? saved=None) -> ()"
     single, batched = torch.ops.shira.scatter_apply.default, torch.ops.shira.scatter_apply_batched.default
