@@ -15,7 +15,7 @@ import gpu_records
 import gpu_summary
 from gpu_driver import ROOT, Phase, Setup, Task, by_exit_code, last_line
 
-ARCHITECTURES = "8.0;9.0+PTX"
+BUILD = {"SHIRA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
 SANITIZER_ERROR = 86  # the exit code that compute-sanitizer is told to give
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 # Compiles with the headers of the torch that is there.
@@ -53,7 +53,7 @@ def phases(setup: Setup) -> list[Phase]:
     rehearse, cores = setup.rehearse, setup.cores
     return [
         Phase(0, "machine", 30 if rehearse else 15, "build.log", machine, nothing_after=no_gpu),
-        Phase(1, "build", 150 if rehearse else 60, "build.log", build),
+        Phase(1, "build", 150 if rehearse else 60, "build.log", build, cores if rehearse else 1),
         Phase(2, "smoke", 120 if rehearse else 60, "smoke.jsonl", smoke, min(8, cores)),
         Phase(3, "figures", 120 if rehearse else 150, "figures.jsonl", figures, cores if rehearse else 1),
         Phase(4, "tests", 60 if rehearse else 120, "tests.jsonl", tests),
@@ -102,7 +102,8 @@ def build(setup: Setup) -> Iterator[Task]:
     yield probe
     if has_cuda_cpp(setup):
         return
-    yield build_task(setup.python, ["--inplace"], log)
+    command = [setup.python, "setup.py", "build_ext", "--inplace"]
+    yield Task("build", command, environment=BUILD, judge=probed, log=log, may_take_longer=True)
     yield probe
     crashed = [r for r in gpu_records.read(log) if r.get("task") == "load"][-1]["ended"] != "ok"
     path = extension_path()
@@ -114,40 +115,16 @@ def extension_path() -> Path:
     return ROOT / f"shira_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def build_task(python: str, arguments: list[str], log: Path, architectures: str = ARCHITECTURES) -> Task:
-    environment = {"SHIRA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architectures}
-    return Task(
-        "build",
-        [python, "setup.py", "build_ext", *arguments],
-        environment=environment,
-        judge=probed,
-        log=log,
-        may_take_longer=True,
-    )
-
-
 def rehearsed_build(setup: Setup) -> Iterator[Task]:
-    """Beside the tree: the whole extension where torch has CUDA, else the compilation of the CUDA sources alone."""
+    """The CUDA sources alone, beside the tree: nothing that is built there is replaced."""
     log = setup.out / "build.log"
     if shutil.which("nvcc") is None:
         gpu_records.append(log, remark="build: no nvcc on the PATH, so nothing was compiled")
         return
-    if gpu_summary.environment_of(setup.out).get("torch_cuda"):
-        folder = setup.scratch / "lib"
-        yield build_task(
-            setup.python, ["--build-lib", str(folder), "--build-temp", str(setup.scratch / "tmp")], log, "9.0"
-        )
-        built = next(folder.glob("shira_kernels/_C*"), None)
-        if built is not None:
-            yield Task("load", [setup.python, "tools/gpu_machine.py", "load", str(built)], judge=probed, log=log)
-    else:
-        flags = ["-c", "--threads", "0", "-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-arch=sm_90"]
-        sources = map(str, sorted((ROOT / "csrc/cuda").glob("*.cu")))
-        command = [setup.python, "-c", NVCC, *flags, "-DUSE_CUDA", "-odir", str(setup.scratch), *sources]
-        yield Task("build", command, judge=probed, log=log, may_take_longer=True)
-    ends = [record for record in gpu_records.read(log) if record.get("task") in ("build", "load")]
-    said = ", ".join(f"{r['task']} {r['ended']} {r['note']}".strip() for r in ends)
-    gpu_records.append(log, remark=f"build for sm_90 beside the tree: {said}")
+    flags = ["-c", "-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-arch=sm_90", "-DUSE_CUDA"]
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        command = [setup.python, "-c", NVCC, *flags, str(source), "-o", str(setup.scratch / f"{source.stem}.o")]
+        yield Task(f"nvcc {source.name}", command, judge=probed, log=log, may_take_longer=True)
 
 
 def smoke_command(setup: Setup, op: str, backend: str, path: Path, *more: str) -> list[str]:
@@ -290,9 +267,8 @@ def models(setup: Setup) -> Iterator[Task]:
 
 def carry(python: str) -> int:
     """Builds the extension in place for sm_80 and sm_90, and shows that it holds these and loads in that Python."""
-    environment = {**os.environ, "SHIRA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": ARCHITECTURES}
     done = subprocess.run(
-        [python, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=False
+        [python, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=ROOT, env={**os.environ, **BUILD}, check=False
     )
     if done.returncode:
         return 1

@@ -152,12 +152,17 @@ def head(environment: dict[str, Any], built: Record | None, rehearse: bool) -> l
     return lines
 
 
-def phase_lines(records: Iterable[Record]) -> list[str]:
-    phases = sorted((r for r in records if "phase_ended" in r), key=lambda r: r["phase"])
-    notes = ["note: " + record["remark"] for record in records if "remark" in record]
-    parts = [f"{r['phase']} {r['name']} {r['seconds']:.0f} s {r['phase_ended']}" for r in phases]
+def phase_lines(records: list[Record]) -> list[str]:
+    """How long each phase took and how it ended, with the number of its processes that ended otherwise than well."""
+    parts = []
+    for phase in sorted((r for r in records if "phase_ended" in r), key=lambda r: r["phase"]):
+        ends = Counter(r["ended"] for r in records if r.get("phase") == phase["phase"] and "ended" in r)
+        ends.pop("ok", None)
+        badly = f" ({', '.join(f'{n} {word}' for word, n in ends.items())})" if ends else ""
+        parts.append(f"{phase['phase']} {phase['name']} {phase['seconds']:.0f} s {phase['phase_ended']}{badly}")
     lines = [" | ".join(parts[i : i + 3]) for i in range(0, len(parts), 3)]
-    return ["phases: " + "\n        ".join(lines), *(clipped(note, 150) for note in dict.fromkeys(notes))]
+    notes = dict.fromkeys("note: " + record["remark"] for record in records if "remark" in record)
+    return ["phases: " + "\n        ".join(lines), *(clipped(note, 150) for note in notes)]
 
 
 def op_lines(files: dict[str, list[Record]]) -> list[str]:
