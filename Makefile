@@ -2,7 +2,7 @@
 #   make demo | test | bench | lint | build | gpu-check | clean
 # TORCH=2.13.0        the torch to install
 # PYTHON=python3      the interpreter that makes .venv; gpu-check uses it as it is
-# PYTEST_ARGS, BENCH_ARGS   further arguments
+# PYTEST_ARGS, BENCH_ARGS, GPU_CHECK_ARGS   further arguments
 
 TORCH ?= 2.13.0
 PYTHON ?= python3
@@ -53,7 +53,7 @@ $(BUILT): $(STAMP) $(SOURCES)
 
 # On a machine with a GPU, with the python and packages that are there: no installation, no network.
 gpu-check:
-	PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" bash tools/gpu_check.sh
+	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean:
 	rm -rf build dist $(RESULTS) shira_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache $(VENV)

@@ -17,8 +17,8 @@ from functools import partial
 
 import pytest
 import torch
-from compare import Place, Side, cache_bytes
-from rotation import CACHE_TURNS, random_indices
+from compare import Place, Side
+from rotation import cold_slots, random_indices
 
 from shira_kernels import backends
 
@@ -40,16 +40,16 @@ class Slot:
     dense: list[torch.Tensor]
 
 
-def make_slots(dtype: torch.dtype, device: str, density: float) -> list[Slot]:
-    generator = torch.Generator().manual_seed(0)
-    nnz = round(density * NUMEL)
+def make_slots(dtype: torch.dtype, device: str, density: float, numel: int = NUMEL) -> list[Slot]:
+    generator = torch.Generator(device).manual_seed(0)
+    nnz = round(density * numel)
     bytes_of_a_slot = len(STRENGTHS) * nnz * (4 + dtype.itemsize)
     slots: list[Slot] = []
-    for _ in range(1 + math.ceil(CACHE_TURNS * cache_bytes(device) / bytes_of_a_slot)):
-        indices64 = [random_indices(NUMEL, nnz, generator).to(device) for _ in STRENGTHS]
-        values = [torch.randn(nnz, generator=generator).to(device, dtype) for _ in STRENGTHS]
+    for _ in range(cold_slots(device, bytes_of_a_slot)):
+        indices64 = [random_indices(numel, nnz, generator) for _ in STRENGTHS]
+        values = [torch.randn(nnz, generator=generator, device=device).to(dtype) for _ in STRENGTHS]
         dense = slots[0].dense if slots else [
-            torch.zeros(NUMEL, dtype=dtype, device=device).index_copy_(0, *pair)
+            torch.zeros(numel, dtype=dtype, device=device).index_copy_(0, *pair)
             for pair in zip(indices64, values, strict=True)
         ]  # fmt: skip
         indices = [positions.int() for positions in indices64]
@@ -62,14 +62,14 @@ def fused(slot: Slot, policy: str = "sum") -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dense_sum(slot: Slot, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    total = torch.zeros(NUMEL, dtype=dtype, device=slot.weights.device)
+    total = torch.zeros_like(slot.dense[0], dtype=dtype)
     for delta, strength in zip(slot.dense, STRENGTHS, strict=True):
         total.add_(delta, alpha=strength)
     return total
 
 
 def indexed_sum(slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
-    total = torch.zeros(NUMEL, device=slot.weights.device)
+    total = torch.zeros_like(slot.dense[0], dtype=torch.float32)
     for positions, values, strength in zip(slot.indices64, slot.values, STRENGTHS, strict=True):
         total.index_add_(0, positions, values.float(), alpha=strength)
     union = total.nonzero().view(-1)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from compare import Place, Side, cache_bytes
-from rotation import CACHE_TURNS, random_indices
+from compare import Place, Side
+from rotation import cold_slots, random_indices
 
 SHAPES = [(1024, 1024), (4096, 4096), (4096, 11008)]
 DENSE = "dense gradient, gather"
@@ -33,20 +33,20 @@ class Slot:
 
 def make_slots(shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: str, density: float) -> list[Slot]:
     rows, columns = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     operand_bytes = tokens * (rows + columns) * dtype.itemsize
-    count = min(MAX_SLOTS, 1 + math.ceil(CACHE_TURNS * cache_bytes(device) / operand_bytes))
+    count = min(MAX_SLOTS, cold_slots(device, operand_bytes))
     slots = []
     for _ in range(count):
         indices = random_indices(rows * columns, round(density * rows * columns), generator)
-        row_ptr = torch.searchsorted(indices, torch.arange(rows + 1) * columns)
+        row_ptr = torch.searchsorted(indices, torch.arange(rows + 1, device=device) * columns)
         slots.append(
             Slot(
-                torch.randn(tokens, rows, generator=generator).to(device, dtype),
-                torch.randn(tokens, columns, generator=generator).to(device, dtype),
-                row_ptr.int().to(device),
-                (indices % columns).to(torch.uint16).to(device),
-                indices.to(device),
+                torch.randn(tokens, rows, generator=generator, device=device).to(dtype),
+                torch.randn(tokens, columns, generator=generator, device=device).to(dtype),
+                row_ptr.int(),
+                (indices % columns).to(torch.uint16),
+                indices,
             )
         )
     return slots

@@ -122,7 +122,7 @@ def bandwidth(place: Place) -> Bandwidth:
         "copy": Side(lambda _: target.copy_(source), 2 * source.nbytes),
         "in_place": Side(lambda _: source.neg_(), 2 * source.nbytes),
     }
-    timings = _time_in_turn(sides, [None], place, calls=1, seconds=1.0)
+    timings = time_in_turn(sides, [None], place, calls=1, seconds=1.0)
     return Bandwidth(
         **{name: side.bytes_moved / statistics.median(timings[name].total) for name, side in sides.items()}
     )
@@ -161,8 +161,8 @@ def compare(
         benchmark.pedantic(lambda: None)
         return
 
-    kernels = {name: _kernels_run(side, slots[0]) for name, side in sides.items()}
-    timings = _time_in_turn(sides, slots, place, calls, seconds)
+    kernels = {name: kernels_run(side, slots[0]) for name, side in sides.items()}
+    timings = time_in_turn(sides, slots, place, calls, seconds)
     speed = bandwidth(place)
     bound = sides[ours].bytes_moved / speed.in_place
 
@@ -198,7 +198,7 @@ def compare(
     benchmark.pedantic(lambda: None, rounds=len(timings[ours].total))
 
 
-def _kernels_run(side: Side, slot: Any) -> str:
+def kernels_run(side: Side, slot: Any) -> str:
     """The shira kernels that one call really ran, as they are named by `backends.active`; empty for none."""
     with side.context():
         side.before(slot)
@@ -231,7 +231,7 @@ def _quartiles(numbers: Iterable[float]) -> tuple[float, float, float]:
     return first, median, third
 
 
-def _time_in_turn(
+def time_in_turn(
     sides: dict[str, Side], slots: Sequence[Any], place: Place, calls: int, seconds: float
 ) -> dict[str, Timings]:
     timings = {name: Timings() for name in sides}
@@ -244,12 +244,12 @@ def _time_in_turn(
     try:
         for _ in range(warm_up_rounds):
             for name in order:
-                _time_side(sides[name], next(rotation), place, calls)
+                time_side(sides[name], next(rotation), place, calls)
         begin, rounds = time.perf_counter(), 0
         while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - begin < seconds):
             shuffle(order)
             for name in order:
-                total, host = _time_side(sides[name], next(rotation), place, calls)
+                total, host = time_side(sides[name], next(rotation), place, calls)
                 timings[name].total.append(total)
                 timings[name].host.append(host)
             rounds += 1
@@ -258,7 +258,7 @@ def _time_in_turn(
     return timings
 
 
-def _time_side(side: Side, slot: Any, place: Place, calls: int) -> tuple[float, float]:
+def time_side(side: Side, slot: Any, place: Place, calls: int) -> tuple[float, float]:
     """Seconds per call until the work was done, and until the call returned."""
     run = side.run
     with side.context():

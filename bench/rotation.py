@@ -76,7 +76,7 @@ def make_rotation(
 ) -> list[Slot]:
     """Slots of weights of `shapes`, `density` of each weight listed: as many as given (1 is warm), or as cold needs,
     but `at_least` so many."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def make() -> Slot:
         return _make_slot(_make_weights(shapes, dtype, device), density, generator, rank=rank)
@@ -94,7 +94,7 @@ def make_shared_rotation(
     granularities: Sequence[int],
 ) -> list[SharedSlot]:
     """As many slots as cold needs; each has a list for each granularity, made of aligned runs of so many entries."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def make() -> SharedSlot:
         weights = _make_weights(shapes, dtype, device)
@@ -104,11 +104,16 @@ def make_shared_rotation(
     return [first] + [make() for _ in range(_cold_slots(first.lists) - 1)]
 
 
+def cold_slots(device: str, touched: float) -> int:
+    """How many slots make a rotation cold of which each call touches so many bytes."""
+    return 1 + math.ceil(CACHE_TURNS * cache_bytes(device) / touched)
+
+
 def _cold_slots(lists: Sequence[Slot]) -> int:
     """How many slots make a rotation cold whose calls use one of these lists, all equally often."""
     # Counted in touched lines: what a sparse write leaves untouched evicts nothing.
     touched = sum(touched_bytes(slot) + slot.indices.nbytes + slot.values.nbytes for slot in lists) / len(lists)
-    return 1 + math.ceil(CACHE_TURNS * cache_bytes(lists[0].indices.device.type) / touched)
+    return cold_slots(lists[0].indices.device.type, touched)
 
 
 def _make_weights(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: str) -> list[torch.Tensor]:
@@ -126,7 +131,7 @@ def _make_slot(
     dtype, device = weights[0].dtype, weights[0].device
 
     def small_random(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).mul_(0.01).to(device, dtype)
+        return torch.randn(size, generator=generator, device=generator.device).mul_(0.01).to(device, dtype)
 
     lists = [random_runs(w.numel(), round(density * w.numel()), granularity, generator) for w in weights]
     offsets = torch.tensor([0, *(len(part) for part in lists)]).cumsum(0)
@@ -152,12 +157,13 @@ def _make_slot(
 
 
 def random_indices(numel: int, nnz: int, generator: torch.Generator) -> torch.Tensor:
-    """[nnz] int64, sorted, unique, uniform in [0, numel)."""
-    indices = torch.empty(0, dtype=torch.int64)
+    """[nnz] int64, sorted, unique, uniform in [0, numel), on the generator's device."""
+    device = generator.device
+    indices = torch.empty(0, dtype=torch.int64, device=device)
     while len(indices) < nnz:
-        more = torch.randint(numel, (nnz + nnz // 8 + 16 - len(indices),), generator=generator)
+        more = torch.randint(numel, (nnz + nnz // 8 + 16 - len(indices),), generator=generator, device=device)
         indices = torch.cat([indices, more]).unique()
-    keep = torch.randperm(len(indices), generator=generator)[:nnz]
+    keep = torch.randperm(len(indices), generator=generator, device=device)[:nnz]
     return indices[keep].sort().values
 
 
@@ -165,7 +171,7 @@ def random_runs(numel: int, nnz: int, granularity: int, generator: torch.Generat
     """The same in aligned runs of `granularity` neighbours, which divides nnz and numel."""
     assert nnz % granularity == numel % granularity == 0
     runs = random_indices(numel // granularity, nnz // granularity, generator) * granularity
-    return (runs[:, None] + torch.arange(granularity)).view(-1)
+    return (runs[:, None] + torch.arange(granularity, device=runs.device)).view(-1)
 
 
 def touched_bytes(*lists: Slot) -> int:

@@ -107,8 +107,9 @@ def make_model(shapes: Shapes, dtype: torch.dtype, device: str) -> nn.Module:
 
 @torch.no_grad()
 def _fill(weight: torch.Tensor) -> None:
-    for part in weight.view(-1).split(len(BLOCK)):
-        part.copy_(BLOCK[: len(part)])
+    block = BLOCK.to(weight.device, weight.dtype)
+    for part in weight.view(-1).split(len(block)):
+        part.copy_(block[: len(part)])
 
 
 def base_of(weight: torch.Tensor) -> torch.Tensor:
@@ -136,22 +137,23 @@ class Change:
     change: torch.Tensor
 
 
-def changes(architecture: Architecture, dtype: torch.dtype, seed: int) -> dict[str, Change]:
-    """A random sparse adapter, by the names of `Shapes`."""
-    generator = torch.Generator().manual_seed(seed)
+def changes(architecture: Architecture, dtype: torch.dtype, seed: int, device: str = "cpu") -> dict[str, Change]:
+    """A random sparse adapter, by the names of `Shapes`; another one on another device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    block = BLOCK.to(device)
     found = {}
     for name, (n, m) in architecture.shapes.items():
         indices = random_indices(n * m, architecture.rank * (n + m), generator)
         std = CHANGE * WEIGHT_STD * (n * m / len(indices)) ** 0.5
-        change = torch.randn(len(indices), generator=generator).mul_(std)
-        found[name] = Change(indices, BLOCK[indices % len(BLOCK)].to(dtype), change)
+        change = torch.randn(len(indices), generator=generator, device=device).mul_(std)
+        found[name] = Change(indices, block[indices % len(block)].to(dtype), change)
     return found
 
 
-def make_adapter(architecture: Architecture, dtype: torch.dtype, seed: int) -> shira.Adapter:
-    """For models of `make_model`; it replaces."""
+def make_adapter(architecture: Architecture, dtype: torch.dtype, seed: int, device: str = "cpu") -> shira.Adapter:
+    """For models of `make_model`; it replaces. Its tensors are on the device."""
     tensors = {}
-    for name, part in changes(architecture, dtype, seed).items():
+    for name, part in changes(architecture, dtype, seed, device).items():
         values = (part.base + part.change).to(dtype)
         tensors[f"{name}.weight"] = shira.AdapterTensor(
             part.indices.int(), values, architecture.shapes[name], dtype, checksum=checksum_of(part.base)

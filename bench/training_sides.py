@@ -68,7 +68,8 @@ def llama(device: str) -> LlamaForCausalLM:
         max_position_embeddings=shape.tokens,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(device, getattr(torch, shape.dtype))
+    with torch.device(device):  # a GPU fills a model of this size in no time
+        return LlamaForCausalLM(config).to(getattr(torch, shape.dtype))
 
 
 def batch(device: str) -> torch.Tensor:

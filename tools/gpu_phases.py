@@ -1,0 +1,298 @@
+"""The phases of the GPU check: which processes run in each, and for how long. In a rehearsal none needs a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import gpu_records
+import gpu_summary
+from gpu_driver import ROOT, Phase, Setup, Task, by_exit_code, last_line
+
+BUILD = {"SHIRA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
+SANITIZER_ERROR = 86  # the exit code that compute-sanitizer is told to give
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+# Compiles with the headers of the torch that is there.
+NVCC = """
+import os, sys
+from torch.utils.cpp_extension import include_paths
+os.execvp("nvcc", ["nvcc", *sys.argv[1:], *("-I" + path for path in include_paths())])
+"""
+LOADED = """
+from shira_kernels import backends
+print(backends.extension_reason or (backends.extension.build_facts(), backends.extension.cuda_ops()))
+"""
+REHEARSED_TESTS = ("scatter_apply", "masked_adamw", "topk_indices", "sparse_delta_mm")
+# Ops by the value of their figures: what the deadline cuts comes last.
+FIGURES_ORDER = (
+    "scatter_apply",
+    "scatter_switch_batched",
+    "scatter_apply_batched",
+    "masked_grad",
+    "masked_adamw",
+    "topk_indices",
+    "add_sparse_delta_mm",
+    "add_sparse_delta_mm_batched",
+    "extract_changed",
+    "fuse_adapters",
+    "sparse_delta_mm",
+    "sparse_delta_mm_transposed",
+    "sparse_delta_mm_batched",
+)
+RACECHECKED = ("masked_adamw", "topk_indices", "masked_grad", "sparse_delta_mm", "sparse_delta_mm_batched")
+PROFILED = ("scatter_apply", "topk_indices", "masked_grad")
+
+
+def phases(setup: Setup) -> list[Phase]:
+    rehearse, cores = setup.rehearse, setup.cores
+    return [
+        Phase(0, "machine", 30 if rehearse else 15, "build.log", machine, nothing_after=no_gpu),
+        Phase(1, "build", 150 if rehearse else 60, "build.log", build, cores if rehearse else 1),
+        Phase(2, "smoke", 120 if rehearse else 60, "smoke.jsonl", smoke, min(8, cores)),
+        Phase(3, "figures", 120 if rehearse else 150, "figures.jsonl", figures, cores if rehearse else 1),
+        Phase(4, "tests", 60 if rehearse else 120, "tests.jsonl", tests),
+        Phase(5, "sanitizer", 90, "sanitizer.jsonl", sanitizer, min(6, cores)),
+        Phase(6, "models", float("inf"), "models.jsonl", models),
+    ]
+
+
+def ops() -> list[tuple[str, str]]:
+    return [(op, backend) for op, backend in gpu_summary.kernels() if backend != "none"]
+
+
+def device(setup: Setup) -> str:
+    return "cpu" if setup.rehearse else "cuda"
+
+
+def machine(setup: Setup) -> Iterator[Task]:
+    path = setup.out / "environment.json"
+    yield Task("facts", [setup.python, "tools/gpu_machine.py", "facts", str(path), "--device", device(setup)])
+
+
+def no_gpu(setup: Setup) -> str:
+    environment = gpu_summary.environment_of(setup.out)
+    missing = not setup.rehearse and environment.get("gpu", "") is None
+    return "torch sees no GPU; --rehearse needs none" if missing else ""
+
+
+def probed(code: int, output: str) -> tuple[str, str]:
+    """An extension that cannot be loaded, or does not compile, is no failure of the check: the rest runs without it."""
+    ended, note = by_exit_code(code, output)
+    return ("failed" if ended == "died" else ended), note
+
+
+def has_cuda_cpp(setup: Setup) -> bool:
+    known = [r for r in gpu_records.read(setup.out / "build.log") if "cuda_cpp" in r]
+    return bool(known and known[-1]["cuda_cpp"])
+
+
+def build(setup: Setup) -> Iterator[Task]:
+    """The extension that was carried here, else one that is built here, else none."""
+    if setup.rehearse:
+        yield from rehearsed_build(setup)
+        return
+    log = setup.out / "build.log"
+    probe = Task("load", [setup.python, "tools/gpu_machine.py", "extension", "--record", str(log)], 30, judge=probed)
+    yield probe
+    if has_cuda_cpp(setup):
+        return
+    command = [setup.python, "setup.py", "build_ext", "--inplace"]
+    yield Task("build", command, environment=BUILD, judge=probed, log=log, may_take_longer=True)
+    yield probe
+    crashed = [r for r in gpu_records.read(log) if r.get("task") == "load"][-1]["ended"] != "ok"
+    path = extension_path()
+    if crashed and path.is_file():  # it would take every later process with it
+        path.rename(path.with_suffix(".broken"))
+
+
+def extension_path() -> Path:
+    return ROOT / f"shira_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def rehearsed_build(setup: Setup) -> Iterator[Task]:
+    """The CUDA sources alone, beside the tree: nothing that is built there is replaced."""
+    log = setup.out / "build.log"
+    if shutil.which("nvcc") is None:
+        gpu_records.append(log, remark="build: no nvcc on the PATH, so nothing was compiled")
+        return
+    flags = ["-c", "-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-arch=sm_90", "-DUSE_CUDA"]
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        command = [setup.python, "-c", NVCC, *flags, str(source), "-o", str(setup.scratch / f"{source.stem}.o")]
+        yield Task(f"nvcc {source.name}", command, judge=probed, log=log, may_take_longer=True)
+
+
+def smoke_command(setup: Setup, op: str, backend: str, path: Path, *more: str) -> list[str]:
+    command = [setup.python, "tools/gpu_smoke.py", op, backend, "--record", str(path), "--device", device(setup)]
+    return [*command, *more]
+
+
+def smoke(setup: Setup) -> Iterator[Task]:
+    tiny, limit = (["--tiny"], 60.0) if setup.rehearse else ([], 20.0)
+    for op, backend in ops():
+        yield Task(
+            f"{op} {backend}",
+            smoke_command(setup, op, backend, setup.out / "smoke.jsonl", *tiny),
+            limit,
+            {"op": op, "backend": backend},
+            INTERPRETED if setup.rehearse else {},
+        )
+
+
+def figures(setup: Setup) -> Iterator[Task]:
+    known = {op for op, _ in ops()}
+    for op in (*FIGURES_ORDER, *sorted(known - set(FIGURES_ORDER))):
+        command = [setup.python, "bench/gpu_figures.py", op, "--record", str(setup.out / "figures.jsonl")]
+        command += ["--environment", str(setup.out / "environment.json"), "--device", device(setup)]
+        yield Task(op, command, 60.0, {"op": op}, may_take_longer=True)
+
+
+def gpu_tests() -> list[str]:
+    """The files with tests that are marked gpu."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if re.search(r"mark\.gpu\b|each_backend", path.read_text())]
+
+
+def pytest_ended(code: int, output: str) -> tuple[str, str]:
+    """Failed tests are in the records; that none were found, or pytest's own errors, is a dead worker."""
+    return ("ok", "") if code in (0, 1) else by_exit_code(code, output)
+
+
+def tests(setup: Setup) -> Iterator[Task]:
+    record = setup.out / "tests.jsonl"
+    command = [setup.python, "-m", "pytest", "-q", "--tb=short", "--no-header", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=--strict-markers", "--continue-on-collection-errors"]
+    command += ["-p", "gpu_pytest", "--gpu-record", str(record)]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, setup.cores)), "--dist", "worksteal", "--max-worker-restart", "10000"]
+    else:
+        gpu_records.append(record, remark="pytest-xdist is not installed: tests run in one process, a crash ends them")
+    if importlib.util.find_spec("pytest_timeout"):
+        # A thread's timer ends a process whose main thread waits for a GPU that does not answer; a signal would not.
+        command += ["--timeout", "30", "--timeout-method", "thread"]
+    else:
+        gpu_records.append(record, remark="pytest-timeout is not installed: a test that hangs takes the phase's time")
+    if setup.rehearse:
+        files = [f"tests/test_{op}.py" for op in REHEARSED_TESTS]
+        command += [*files, "-k", "triton-interpreter and not opcheck and not compile"]
+        yield Task("pytest", command, environment=INTERPRETED, judge=pytest_ended, may_take_longer=True)
+    else:
+        yield Task("pytest", [*command, "-m", "gpu", *gpu_tests()], judge=pytest_ended, may_take_longer=True)
+
+
+def sanitized(code: int, output: str) -> tuple[str, str]:
+    """What compute-sanitizer says of one run."""
+    if refused := re.search(
+        r"Device not supported|Unable to find|error 999|Target application terminated before first", output
+    ):
+        return "refused", refused[0]
+    if code == SANITIZER_ERROR:
+        summary = re.findall(r"=========\s+(.*(?:ERROR SUMMARY|RACECHECK SUMMARY).*)", output)
+        first = re.findall(r"=========\s+((?:Invalid|Uninitialized|Error|Warning|Race)\b.*)", output)
+        return "wrong", "; ".join([*first[:1], *summary[-1:]]) or last_line(output)
+    return by_exit_code(code, output)
+
+
+def reported(code: int, output: str) -> tuple[str, str]:
+    """initcheck also speaks of what torch leaves unwritten on purpose: it is told, and judged by a reader."""
+    ended, note = sanitized(code, output)
+    return ("told", note) if ended == "wrong" else (ended, note)
+
+
+def sanitizer(setup: Setup) -> Iterator[Task]:
+    record = setup.out / "sanitizer.jsonl"
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None and not setup.rehearse:
+        gpu_records.append(record, remark="compute-sanitizer was not found")
+        return
+    if setup.rehearse:
+        gpu_records.append(record, remark="sanitizer: its programs run plainly")
+    racechecked = [(op, backend) for op, backend in ops() if op in RACECHECKED]
+    plan = [("memcheck", ops()), ("racecheck", racechecked), ("initcheck", ops())]
+    for check, pairs in plan[:1] if setup.rehearse else plan:
+        for op, backend in pairs:
+            if any(r.get("ended") == "refused" for r in gpu_records.read(record)):
+                gpu_records.append(record, remark="compute-sanitizer refuses this device")
+                return
+            options = ["--tool", check, "--error-exitcode", str(SANITIZER_ERROR), "--report-api-errors", "no"]
+            program = smoke_command(setup, op, backend, setup.scratch / f"{check}.jsonl", "--tiny")
+            yield Task(
+                f"{check} {op} {backend}",
+                program if setup.rehearse else [str(tool), *options, *program],
+                80.0,
+                {"op": op, "backend": backend, "tool": check},
+                INTERPRETED if setup.rehearse else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                judge=reported if check == "initcheck" else sanitized,
+                may_take_longer=True,
+            )
+
+
+def profiled(code: int, output: str) -> tuple[str, str]:
+    if re.search(r"ERR_NVGPUCTRPERM|LibraryNotLoaded|not supported|==ERROR==", output):
+        return "refused", last_line(output)
+    return by_exit_code(code, output)
+
+
+def models(setup: Setup) -> Iterator[Task]:
+    record = setup.out / "models.jsonl"
+    for what in ("training", "switch", "layers"):
+        command = [setup.python, "bench/gpu_models.py", what, "--record", str(record), "--device", device(setup)]
+        yield Task(what, command, 120.0, {"tool": what}, may_take_longer=True)
+    tool = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
+    if tool is None or setup.rehearse:
+        gpu_records.append(record, remark="ncu: not run" if setup.rehearse else "ncu was not found")
+        return
+    metrics = (
+        "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_sectors.sum,"
+        "sm__warps_active.avg.pct_of_peak_sustained_active,dram__throughput.avg.pct_of_peak_sustained_elapsed"
+    )
+    for op in PROFILED:
+        options = ["--metrics", metrics, "--csv", "--profile-from-start", "off", "--target-processes", "all"]
+        program = [setup.python, "bench/gpu_figures.py", op, "--profile", "--record", str(record)]
+        yield Task(
+            f"ncu {op}",
+            [tool, *options, *program],
+            60.0,
+            {"op": op, "tool": "ncu"},
+            judge=profiled,
+            may_take_longer=True,
+            keep_output=True,
+        )
+
+
+def carry(python: str) -> int:
+    """Builds the extension in place for sm_80 and sm_90, and shows that it holds these and loads in that Python."""
+    done = subprocess.run(
+        [python, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=ROOT, env={**os.environ, **BUILD}, check=False
+    )
+    if done.returncode:
+        return 1
+    code = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
+    suffix = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    path = ROOT / f"shira_kernels/_C{suffix}"
+    held = architectures_in(path, python)
+    loaded = subprocess.run([python, "-c", LOADED], cwd=ROOT, capture_output=True, text=True, check=False)
+    print(
+        f"{path.relative_to(ROOT)}: {path.stat().st_size / 2**20:.1f} MiB, {', '.join(sorted(held)) or 'no GPU code'}"
+    )
+    print(loaded.stdout.strip() or last_line(loaded.stderr))
+    return 0 if held == {"sm_80", "sm_90", "PTX of sm_90"} and "cuda architectures" in loaded.stdout else 1
+
+
+def architectures_in(path: Path, python: str) -> set[str]:
+    """What cuobjdump finds in an extension."""
+    code = "import triton, pathlib; print(pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump')"
+    tool = (
+        shutil.which("cuobjdump")
+        or subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+    held = set()
+    for option, form in (("--list-elf", "{}"), ("--list-ptx", "PTX of {}")):
+        listed = subprocess.run([tool.strip(), option, path], capture_output=True, text=True, check=False).stdout
+        held |= {form.format(name) for name in re.findall(r"\.(sm_\w+?)\.", listed)}
+    return held
