@@ -721,9 +721,15 @@ def test_forwards_of_other_threads_see_the_batch() -> None:
     close(results[0], want)
 
 
+NO_TABLE: Any = None  # a graph that is being captured alone asks for one
+
+
 def test_two_threads_forget_what_is_too_much() -> None:
     """The second has more numbers of tokens, too, while the first forgets some."""
-    rows, second = unfused.Rows(torch.device("cpu")), threading.Thread(target=lambda: rows.of(torch.empty(1, 40, 4)))
+    rows, second = (
+        unfused.Rows(torch.device("cpu")),
+        threading.Thread(target=lambda: rows.of(torch.empty(1, 40, 4), NO_TABLE)),
+    )
 
     class Captured(set[int]):
         def __contains__(self, item: object) -> bool:
@@ -735,7 +741,7 @@ def test_two_threads_forget_what_is_too_much() -> None:
     rows.set([3], None)
     rows._captured = Captured()
     for tokens in range(1, 20):
-        assert rows.of(torch.empty(1, tokens, 4)).tolist() == [3] * tokens
+        assert rows.of(torch.empty(1, tokens, 4), NO_TABLE).tolist() == [3] * tokens
     second.join()
     assert len(rows._by_tokens) == unfused._KEPT + 1  # the batch's own slots are one more
 
@@ -752,9 +758,9 @@ def test_a_forward_that_outlasts_its_batch_leaves_nothing_to_the_next(monkeypatc
         return spread(slots, tokens)
 
     monkeypatch.setattr(unfused, "_spread", slow_spread)
-    rows.of(torch.empty(8, 4))
+    rows.of(torch.empty(8, 4), NO_TABLE)
     following.join()
-    assert rows.of(torch.empty(8, 4)).tolist() == [7] * 4 + [5] * 4
+    assert rows.of(torch.empty(8, 4), NO_TABLE).tolist() == [7] * 4 + [5] * 4
 
 
 def test_everything_is_as_before_after_an_exception() -> None:

@@ -165,8 +165,13 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Beside the adapters."""
-        positions = sum(share.positions.nbytes for shares in self.shares.values() for share in shares)
-        return positions + sum(arena.indices.nbytes for arena in self.arenas.values())
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Beside the adapters'."""
+        positions = [share.positions for shares in self.shares.values() for share in shares]
+        return positions + [arena.indices for arena in self.arenas.values()]
 
 
 def merge(adapters: dict[str, Pieces]) -> Plan:
@@ -217,8 +222,7 @@ def base_entries(weight: torch.Tensor, indices: torch.Tensor, kept: Kept) -> tor
     if weight in kept and kept[weight][0].numel():
         changed, old = kept[weight]
         place = torch.searchsorted(changed, indices.to(changed.dtype)).clamp_(max=changed.numel() - 1)
-        found = changed[place] == indices
-        entries[found] = old[place[found]]
+        entries = torch.where(changed[place] == indices, old[place], entries)  # unlike a mask, no wait for a GPU
     return entries
 
 

@@ -409,7 +409,11 @@ class _EmbeddingTap(torch.autograd.Function):
         place = torch.arange(count, device=tokens.device)
         place_of_row = tokens.new_full((ctx.rows,), count).index_copy_(0, tokens, place)
         gradients = grad_output.reshape(-1, columns).to(ctx.values_dtype)
-        sums = gradients.new_zeros(count + 1, columns).index_add_(0, place_of_row[tokens], gradients)
+        sums = gradients.new_zeros(count + 1, columns)
+        if sums.is_cuda:  # index_add_ sums in any order there; this sorts
+            sums.index_put_((place_of_row[tokens],), gradients, accumulate=True)
+        else:
+            sums.index_add_(0, place_of_row[tokens], gradients)
         if ctx.padding_idx is not None:
             place_of_row[ctx.padding_idx] = count
         grad_values = sums[place_of_row[entries // columns], entries % columns]

@@ -11,7 +11,7 @@ So an adapter comes and goes without others being moved: what `add_sparse_delta_
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,10 @@ class Slot:
     counts: Counts
 
 
+class Immovable(Exception):
+    """Tables and pools that must stay where they are have no room."""
+
+
 class Pages:
     """The pools, the tables, and who is in them.
 
@@ -80,8 +84,14 @@ class Pages:
 
     @property
     def nbytes(self) -> int:
-        pools = sum(pool.col.nbytes + pool.values.nbytes for pool in self.pools.values())
-        return pools + sum(table.row_ptr.nbytes + table.page_table.nbytes for table in self.tables.values())
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for pool in self.pools.values():
+            yield from (pool.col, pool.values)
+        for table in self.tables.values():
+            yield from (table.row_ptr, table.page_table)
 
     @property
     def count(self) -> int:
@@ -105,21 +115,25 @@ class Pages:
         self._registered[name] = counts
 
     def forget(self, name: str) -> None:
-        """A registered adapter is gone, and with it the mixes that name it, and what only its weights needed."""
+        """A registered adapter is gone, and with it the mixes that name it."""
         counts = self._registered.pop(name)
         for target in [target for target in self.residents if name in dict(target)]:
             self._drop(target)
         self._usual.subtract(self._pages([counts]))
-        for weight in set(counts).difference(*self._registered.values()):
+
+    def trim(self) -> None:
+        """Tables and pools go that no registered adapter needs."""
+        for weight in set(self._widest).difference(*self._registered.values()):
             del self._transposed[weight], self._widest[weight]
             self.tables.pop(weight, None)
         keys = {self._key(weight) for weight in self._widest}
         self.pools = {key: pool for key, pool in self.pools.items() if key in keys}
 
-    def make_room(self, needed: Mapping[Target, Counts]) -> None:
+    def make_room(self, needed: Mapping[Target, Counts], stay: bool = False) -> None:
         """Room for all of these together. Those of them that are resident stay so, unless all is laid out again.
 
-        Raises ValueError if they need more than the budget. Nothing was changed.
+        Raises ValueError if they need more than the budget, and Immovable if tables and pools must `stay` where they
+        are and have no room. Nothing was changed.
         """
         most: Counter[torch.Tensor] = Counter()
         for counts in needed.values():
@@ -130,12 +144,14 @@ class Pages:
             need = len(needed) * self._slot_bytes(widths) + _bytes_of(pages)
             if need > self.budget:
                 raise ValueError(f"device_budget is {self.budget} bytes; the {len(needed)} of this batch need {need}")
+        if stay and not self._fits(needed, {weight: widths[weight] for weight in most}, pages):
+            raise Immovable
         self._widest = widths
-        if self.budget is None:
-            self._grow(needed)
-            return
-        if not self._has_tables() or not self._could_hold(len(needed), pages):
-            self._lay_out(len(needed), pages, self.budget)
+        if not stay and not self._fits(needed, widths, pages):
+            if self.budget is None:
+                self._grow(needed)
+            else:
+                self._lay_out(len(needed), pages, self.budget)
         missing = {target: counts for target, counts in needed.items() if target not in self.residents}
         lacking = self._pages(missing.values())
         for target in list(self.residents):
@@ -164,7 +180,7 @@ class Pages:
         pool = self.pools[key]
         # Empty places at a page's end are never read; zeros keep the padding harmless for any kernel.
         col, values = (entries.new_zeros(len(pages), PAGE) for entries in (pool.col, pool.values))
-        places = torch.tensor(pages, device=key[1])
+        places = sent(pages, torch.int64, key[1])
         begin = 0
         for entries, all_values in deltas:
             for weight, part in entries.parts:
@@ -214,10 +230,20 @@ class Pages:
     def _slot_bytes(self, widths: Mapping[torch.Tensor, int]) -> int:
         return sum(4 * (self._shape(weight)[0] + 1 + width) for weight, width in widths.items())
 
-    def _has_tables(self) -> bool:
+    def _fits(
+        self, needed: Mapping[Target, Counts], widths: Mapping[torch.Tensor, int], pages: Mapping[PoolKey, int]
+    ) -> bool:
+        """Whether there is room for all of these in the tables and pools that are there."""
+        if self.budget is not None:
+            return self._has_tables(widths) and self._could_hold(len(needed), pages)
+        missing = [counts for target, counts in needed.items() if target not in self.residents]
+        room = len(self._free_slots) >= len(missing) and self._have_free(self._pages(missing))
+        return room and self._has_tables(widths)
+
+    def _has_tables(self, widths: Mapping[torch.Tensor, int]) -> bool:
         return all(
             weight in self.tables and self.tables[weight].page_table.shape[1] >= width
-            for weight, width in self._widest.items()
+            for weight, width in widths.items()
         )
 
     def _have_free(self, pages: Mapping[PoolKey, int]) -> bool:
@@ -249,8 +275,6 @@ class Pages:
         """Room beside what is there, which stays where it is: sizes double, so seldom."""
         missing = [counts for target, counts in needed.items() if target not in self.residents]
         lacking = self._pages(missing)
-        if self._has_tables() and len(self._free_slots) >= len(missing) and self._have_free(lacking):
-            return
         slots = _grown(len(self._free_slots) + len(self.residents), len(self.residents) + len(missing))
         sizes = {}
         for key in {self._key(weight) for weight in self._widest}:
@@ -292,6 +316,12 @@ class Pages:
 
     def _set(self, pools: dict[PoolKey, Pool], tables: dict[torch.Tensor, Table], free_slots: list[int]) -> None:
         self.pools, self.tables, self._free_slots = pools, tables, free_slots
+
+
+def sent(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The numbers on a device, without a wait for a GPU."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _pages_for(count: int) -> int:

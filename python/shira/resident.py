@@ -22,7 +22,7 @@ from shira.arena import Arena, Kept, Key, Piece, Pieces, Plan, Share, Write, Wri
 from shira.attach import check_base, check_claim, check_fits, claim, users_of
 from shira.interrupts import interrupts_held, no_autocast
 from shira.names import first_names, resolve
-from shira.pages import Counts, Deltas, Pages, Target
+from shira.pages import Counts, Deltas, Immovable, Pages, Target
 from shira_kernels import scatter_apply
 
 
@@ -102,7 +102,9 @@ class ResidentAdapters:
         self._obstacles: dict[str, str] = {}  # why an adapter cannot be unfused
         self._linears: dict[torch.Tensor, list[nn.Module]] = {}  # of weights that batches change, the layers
         self._rows: dict[torch.device, unfused.Rows] = {}
-        self._homes: dict[torch.Tensor, tuple[nn.Module, str]] = {}  # the module of each weight, and what it calls it
+        self._homes: dict[torch.Tensor, _Home] = {}  # of weights that adapters change
+        self._gpus: set[torch.device] = set()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # that the last call used on each GPU
         self._switches = 0
         self._last_switch_us: float | None = None
 
@@ -190,9 +192,12 @@ class ResidentAdapters:
         with self._lock:
             if name in self._residents:
                 raise ValueError(f"an adapter named {name!r} was added already")
+            self._follow()
             pieces = self._prepare(adapter, force, on_host or self._pages.budget is not None)
-            self._note_linears(name, pieces)
-            self._residents[name] = pieces
+            with interrupts_held():
+                self._note_homes(pieces)
+                self._note_linears(name, pieces)
+                self._residents[name] = pieces
 
     def remove(self, name: str) -> None:
         """Forgets an adapter. Raises ValueError if there is none of that name, or it is active, or `using` or `batch`
@@ -206,12 +211,21 @@ class ResidentAdapters:
             del self._residents[name]
             if self._obstacles.pop(name, None) is None:
                 self._pages.forget(name)
-                self._linears = {w: modules for w, modules in self._linears.items() if w in self._pages.weights}
-            changed = {w for a in self._residents.values() for g in a.values() for p in g for w in p.arena.weights}
-            self._homes = {weight: home for weight, home in self._homes.items() if weight in changed}
+            self._trim()
             self._staged.pop(name, None)
             if self._staged_plan is not None and name in self._staged_plan.names:
                 self._staged_plan = None
+
+    def forget_graphs(self) -> None:
+        """Says that no CUDA graph which was captured in a batch so far will be replayed again.
+
+        What they read may then be laid out anew, or freed. Raises RuntimeError inside `batch`.
+        """
+        with self._lock:
+            self._check_users()
+            for rows in self._rows.values():
+                rows.forget_graphs()
+            self._trim()
 
     @torch.no_grad()
     @no_autocast()
@@ -219,10 +233,13 @@ class ResidentAdapters:
         """Prepares a switch to `target`, off the critical path: merges the entries of a mix, and brings adapters that
         are held on the host to the model's device, on a stream of its own. Kept until the next switch or `stage`; None
         drops it. Raises what `switch` raises for a wrong target."""
-        with self._lock, self._side_stream():
-            wanted = self._normalized(target)
-            self._staged = {name: self._on_device(name) for name in wanted}
-            self._staged_plan = self._plan_for(wanted) if self._is_mix(wanted) else None
+        with self._lock:
+            self._follow()
+            with self._side_stream():
+                wanted = self._normalized(target)
+                self._staged = {name: self._on_device(name) for name in wanted}
+                self._staged_plan = self._plan_for(wanted) if self._is_mix(wanted) else None
+            self._share_staged(self._stream)
 
     @torch.no_grad()
     def switch(self, target: str | Mapping[str, float] | None) -> None:
@@ -261,6 +278,11 @@ class ResidentAdapters:
         Forwards of other threads inside the block use the batch too. Switches and further batches are refused, in this
         thread too; `add`, `stage`, and `remove` of what the batch does not name are not.
 
+        A CUDA graph of `model(x)` that is captured inside the block (with "unfused") does at each replay what the model
+        would do then: inside a later block of as many names each row gets that block's adapter, whichever came, went or
+        were evicted in between; elsewhere the layers give what the weights hold. What it reads stays where it is, so a
+        block that needs more room is refused until `forget_graphs` is called. docs/unfused.md has the rules.
+
         Args:
             names: for each row a name, strengths by name, or None for the base.
             mode: "unfused" as above. "fused": one target must own all rows; the block switches to it, and back. "auto":
@@ -274,7 +296,8 @@ class ResidentAdapters:
                 more than `device_budget`. In the block: a layer gets a number of rows that is no multiple of
                 len(names).
             RuntimeError: an adapter is active; a batch is open, or another thread or task is inside `using`; another
-                bank or `attach` changes the weights; a parameter of the model was replaced by another one.
+                bank or `attach` changes the weights; a parameter of the model was moved, or replaced by another one;
+                CUDA graphs read the pages, and the batch has no room there; a graph is being captured.
         """
         batch = _Batch(_caller())
         try:
@@ -311,6 +334,7 @@ class ResidentAdapters:
         Raises ValueError naming the first adapter and tensor whose base entries are others.
         """
         with self._lock:
+            self._follow()
             kept = self._kept()
             for name, pieces in self._residents.items():
                 for piece in itertools.chain(*pieces.values()):
@@ -345,6 +369,7 @@ class ResidentAdapters:
         if tokens is not None and (not _is_int(tokens) or tokens < 0):
             raise ValueError(f"tokens must be an integer that is not negative, or None, got {tokens!r}")
         self._check_users()
+        self._follow()
         if self._active != {}:
             raise RuntimeError(f"batch: {self.active!r} is in the weights: switch(None) first")
         distinct = set(targets)
@@ -365,11 +390,11 @@ class ResidentAdapters:
         self._bring_in([target for target in dict.fromkeys(targets) if target])
         meter = unfused.Meter(lambda: self._fuse_open(batch, dict(targets[0]))) if mode == "auto" else None
         slots = [self._pages.residents[target].number if target else -1 for target in targets]
-        for device in {weight.device for weight in self._pages.tables}:
-            rows = self._rows.setdefault(device, unfused.Rows(device))
-            rows.set(slots, meter if len(distinct) == 1 else None)
         with interrupts_held():
             self._batch = batch
+            for device in {weight.device for weight in self._pages.tables}:
+                rows = self._rows.setdefault(device, unfused.Rows(device))
+                rows.set(slots, meter if len(distinct) == 1 else None)
             for weight, table in self._pages.tables.items():
                 claim(weight, self)
                 batch.weights.append(weight)
@@ -382,7 +407,11 @@ class ResidentAdapters:
         for module in batch.modules:
             unfused.leave(module)
         self._batch = None
+        self._trim()
         try:
+            self._follow()
+            for rows in self._rows.values():
+                rows.leave()
             if self._active != {}:
                 self._switch_counted({})
         finally:
@@ -423,7 +452,13 @@ class ResidentAdapters:
                     for merged in plans[target].arenas.values()
                     for weight, part in merged.parts
                 }
-        self._pages.make_room(needed)
+        try:
+            self._pages.make_room(needed, stay=self._read_by_graphs())
+        except Immovable:
+            raise RuntimeError(
+                "batch: CUDA graphs that were captured in batches read the pages, which have no room for this batch: "
+                "call forget_graphs() when they will not be replayed any more, and capture them again"
+            ) from None
         known = sum(target in self._pages.residents for target in targets)
         self._pages.hits += known
         self._pages.misses += len(targets) - known
@@ -481,12 +516,57 @@ class ResidentAdapters:
     def _check_weights(self, weights: Iterable[torch.Tensor]) -> None:
         """They still are the model's parameters, and nobody else is changing them."""
         for weight in weights:
-            module, attribute = self._homes[weight]
+            module, attribute, key = self._homes[weight]
             if module._parameters.get(attribute) is not weight:
                 raise RuntimeError(
                     f"the {attribute} of a {type(module).__name__} was replaced since an adapter was added"
                 )
+            if (weight.dtype, weight.device) != key:
+                raise RuntimeError(
+                    f"the {attribute} of a {type(module).__name__} was {key[0]} on {key[1]} when an adapter was added, "
+                    f"and is {weight.dtype} on {weight.device}: move it back, or remove its adapters and add them again"
+                )
             check_claim("switch", weight, self)
+
+    def _trim(self) -> None:
+        """Forgets weights that no adapter changes, unless an open batch or a graph still reads what is kept of them."""
+        if self._batch is None and not self._read_by_graphs():
+            self._pages.trim()
+            self._linears = {w: modules for w, modules in self._linears.items() if w in self._pages.weights}
+        changed = {w for a in self._residents.values() for g in a.values() for p in g for w in p.arena.weights}
+        kept = changed | self._linears.keys()
+        self._homes = {weight: home for weight, home in self._homes.items() if weight in kept}
+
+    def _read_by_graphs(self) -> bool:
+        return any(rows.read_by_graphs for rows in self._rows.values())
+
+    def _follow(self) -> None:
+        """Lets the current stream of each GPU wait for what earlier calls launched on another, and the allocator know
+        that it uses what the bank holds."""
+        if self._gpus and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph is being captured, which a bank's calls cannot be part of")
+        for device in self._gpus:
+            current = torch.cuda.current_stream(device)
+            last = self._streams.get(device, current)
+            if last != current:
+                current.wait_stream(last)
+                for tensor in self._held():
+                    if tensor.device == device:
+                        tensor.record_stream(current)
+            self._streams[device] = current
+
+    def _held(self) -> Iterator[torch.Tensor]:
+        """What the bank keeps from call to call, beside what is staged."""
+        for pieces in self._residents.values():
+            for piece in itertools.chain(*pieces.values()):
+                yield from (piece.arena.indices, piece.values)
+        for written in self._written.values():
+            yield from (written.arena.indices, written.saved)
+        if self._plan is not None:
+            yield from self._plan.tensors
+        yield from self._pages.tensors
+        for rows in self._rows.values():
+            yield from rows.tensors
 
     def _further_index_bytes(self) -> int:
         pieces = (piece for pieces in self._residents.values() for piece in itertools.chain(*pieces.values()))
@@ -530,6 +610,7 @@ class ResidentAdapters:
                 raise ValueError(f"{name}: the adapter names the tensor {first[weight]!r} twice")
             names[weight] = name
         _check_memory(first, names)
+        self._check_weights(weight for weight in names if weight in self._homes)
 
         kept = self._kept()
         checksums: dict[torch.Tensor, str] = {}
@@ -544,10 +625,6 @@ class ResidentAdapters:
             kind = ((weight.dtype, weight.device), tensor.kind == "add", tensor.values.dtype)
             alike.setdefault(kind, []).append(weight)
 
-        for module in self._model.modules():
-            for attribute, parameter in module._parameters.items():
-                if parameter in names:
-                    self._homes.setdefault(parameter, (module, attribute))
         pieces: Pieces = {}
         for (key, additive, _), weights in alike.items():
             tensors = [adapter[names[weight]] for weight in weights]
@@ -569,6 +646,15 @@ class ResidentAdapters:
             )
             pieces.setdefault(key, []).append(piece if home == key[1] else piece.pinned())
         return pieces
+
+    def _note_homes(self, pieces: Pieces) -> None:
+        """Where the weights of an adapter are."""
+        keys = {w: key for key, group in pieces.items() for piece in group for w in piece.arena.weights}
+        for module in self._model.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter in keys:
+                    self._homes.setdefault(parameter, (module, attribute, keys[parameter]))
+        self._gpus.update(device for _, device in pieces if device.type == "cuda")
 
     def _is_mix(self, wanted: Collection[str]) -> bool:
         """Whether values are computed before they are written: several adapters, or one of several pieces."""
@@ -599,13 +685,17 @@ class ResidentAdapters:
             return
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_stream(self._stream)
+        self._share_staged(current)
+
+    def _share_staged(self, stream: torch.cuda.Stream | None) -> None:
+        """Lets the allocator know that a stream uses what is staged."""
+        if stream is None:
+            return
         staged = [piece for pieces in self._staged.values() for piece in itertools.chain(*pieces.values())]
         tensors = [tensor for piece in staged for tensor in (piece.arena.indices, piece.values)]
-        if self._staged_plan is not None:
-            tensors += [merged.indices for merged in self._staged_plan.arenas.values()]
-            tensors += [share.positions for shares in self._staged_plan.shares.values() for share in shares]
-        for tensor in tensors:
-            tensor.record_stream(current)
+        for tensor in itertools.chain(tensors, self._staged_plan.tensors if self._staged_plan is not None else ()):
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
 
     def _plan_for(self, wanted: Collection[str]) -> Plan:
         names = tuple(wanted)
@@ -650,6 +740,7 @@ class ResidentAdapters:
 
     @no_autocast()
     def _switch(self, wanted: dict[str, float]) -> None:
+        self._follow()
         self._await_staged()
         writes, plan = self._writes(wanted)
         groups: list[tuple[Key, Written | Write]] = [*self._written.items(), *writes.items()]
@@ -708,6 +799,7 @@ class ResidentAdapters:
         """A copy of a weight as it is without any adapter."""
         weight = resolve(self._model, name)
         with self._lock:
+            self._follow()
             base = weight.detach().clone(memory_format=torch.contiguous_format)
             for written in self._written.values():
                 entries = written.arena
@@ -715,6 +807,9 @@ class ResidentAdapters:
                     saved = entries.in_units(written.saved)[part]
                     scatter_apply(entries.in_units(base.view(-1)), entries.indices[part], saved)
         return base
+
+
+_Home = tuple[nn.Module, str, Key]  # the module of a weight, what it calls it, and what it was when adapters came
 
 
 class _BaseWeights(Mapping[str, torch.Tensor]):

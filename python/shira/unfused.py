@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shira import layers
-from shira.pages import Table
+from shira.pages import Table, sent
 from shira_kernels import sparse_delta_mm_batched
 
 # When unfused inference has cost as much as switching in and out, in tokens that the block has run; a forward costs as
@@ -38,23 +38,49 @@ T = TypeVar("T")
 Users = Mapping[torch.Tensor, Sequence[tuple[str, nn.Module, str]]]  # of each parameter: module's name, module, role
 
 
+def is_captured(x: torch.Tensor) -> bool:
+    """Whether what is launched for x now goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Rows:
-    """The slot that each row of the open batch uses (-1 for none), on one device."""
+    """The slot that each row of the open batch uses (-1 for none), on one device.
+
+    A CUDA graph that was captured in a batch reads these tensors and the tables at their addresses whenever it is
+    replayed. So they are kept; the tensors are written by every later batch of as many rows, and hold -1 in between.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._known: dict[int, dict[int, torch.Tensor]] = {}  # by rows, by tokens; the latest last
-        self._captured: set[int] = set()  # ids of those that a CUDA graph reads, which are kept for ever
+        self._captured: set[int] = set()  # ids of those of them that graphs read
+        self._captured_tables: set[Table] = set()
         self.slots = torch.empty(0)
         self.meter: Meter | None = None
         self._by_tokens: dict[int, torch.Tensor] = {}
         self._by_shape: dict[torch.Size, torch.Tensor] = {}  # some of these, by the shape of x: a decode step's lookup
         self._lock = threading.Lock()  # of the dictionaries, but for that lookup: other threads may run the model too
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        with self._lock:
+            return [each for by_tokens in self._known.values() for each in by_tokens.values()]
+
+    @property
+    def read_by_graphs(self) -> bool:
+        """Whether a graph reads tables."""
+        return bool(self._captured_tables)
+
+    def forget_graphs(self) -> None:
+        """No graph that was captured so far is replayed again."""
+        with self._lock:
+            self._captured.clear()
+            self._captured_tables.clear()
+
     def set(self, slots: Sequence[int], meter: Meter | None) -> None:
         """Tensors that earlier batches of as many rows used are written, so that captured graphs read the new slots."""
         with self._lock, torch.inference_mode(False):
-            new = torch.tensor(slots, dtype=torch.int32, device=self._device)
+            new = sent(slots, torch.int32, self._device)
             known = self._known.pop(len(slots), None) or {len(slots): torch.empty_like(new)}
             self._known[len(slots)] = known
             self._forget(self._known, lambda by_tokens: any(id(each) in self._captured for each in by_tokens.values()))
@@ -71,8 +97,17 @@ class Rows:
             for each in self._by_tokens.values():
                 each.fill_(-1)
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens] int32, for x [..., in]. Row i of n uses the name i // (n / names)."""
+    def leave(self) -> None:
+        """The batch is over: what graphs read tells them to add nothing."""
+        with self._lock:
+            for each in self._by_tokens.values():
+                if id(each) in self._captured:
+                    each.fill_(-1)
+
+    def of(self, x: torch.Tensor, table: Table) -> torch.Tensor:
+        """[tokens] int32, for x [..., in] and the table of a layer. Row i of n uses the name i // (n / names)."""
+        if is_captured(x):
+            return self._of_graph(x, table)
         known = self._by_shape.get(x.shape)
         if known is None:
             with self._lock:
@@ -81,9 +116,19 @@ class Rows:
                 if known is None:
                     known = self._keep(tokens)
                 self._by_shape[x.shape] = known
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured.add(id(known))
         return known
+
+    def _of_graph(self, x: torch.Tensor, table: Table) -> torch.Tensor:
+        """The same; what is read stays. Under the lock, so that no other thread can have it forgotten meanwhile."""
+        with self._lock:
+            tokens = self._check(x)
+            known = self._by_tokens.get(tokens)
+            read = self.slots if known is None else known
+            self._captured.add(id(read))
+            self._captured_tables.add(table)
+        # A tensor that was made now would be written by replays alone, so it is not kept for others: the graph spreads
+        # the slots itself.
+        return _spread(read, tokens) if known is None else known
 
     def compiled_for(self, x: torch.Tensor) -> torch.Tensor:
         """The same, as a part of compiled code."""
@@ -141,8 +186,7 @@ class Meter:
             # Autograd may have kept weights for a backward, autocast rounded copies of them, also for other threads; a
             # captured graph would hold the switch.
             kept = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-            capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-            if self._tokens > FUSE_AFTER_TOKENS and not kept and not capturing:
+            if self._tokens > FUSE_AFTER_TOKENS and not kept and not is_captured(x):
                 self._fuse()
                 self._fused = True
         return self._fused
@@ -164,11 +208,11 @@ class _UnfusedLinear(nn.Module):
             return _with_delta(super().forward(input), input, table, rows.compiled_for(input))  # type: ignore[misc]
         meter = rows.meter
         if meter is None:
-            return _with_delta(super().forward(input), input, table, rows.of(input))  # type: ignore[misc]
+            return _with_delta(super().forward(input), input, table, rows.of(input, table))  # type: ignore[misc]
         with meter.lock:
             fused = meter.is_fused(self, input)
             out: torch.Tensor = super().forward(input)  # type: ignore[misc]
-            return out if fused else _with_delta(out, input, table, rows.of(input))
+            return out if fused else _with_delta(out, input, table, rows.of(input, table))
 
 
 class _UnfusedConv1D(_UnfusedLinear):
