@@ -21,6 +21,7 @@ import gpu_summary
 ROOT = Path(__file__).resolve().parent.parent
 FILE_LIMIT = 15 * 2**20  # bytes that a file in --out may keep
 OUTPUT_KEPT = 4000  # characters of the end of a task's output, kept where it did not end well
+DEADLINE = 540.0  # seconds for all phases together, if nothing else is asked for
 RESERVE = 3.0  # seconds of the deadline for the summary
 DIES_WITHIN = 5.0  # seconds that a killed process is waited for
 
@@ -46,6 +47,7 @@ class Setup:
 
     out: Path
     rehearse: bool = False
+    deadline: float = DEADLINE
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     python: str = sys.executable
     scratch: Path = Path(tempfile.gettempdir())  # a folder that is removed at the end
@@ -205,9 +207,9 @@ def record_phase(path: Path, phase: Phase, ended: str, seconds: float) -> None:
     gpu_records.append(path, phase=phase.number, name=phase.name, phase_ended=ended, seconds=round(seconds, 1))
 
 
-def run(phases: Sequence[Phase], setup: Setup, deadline: float) -> int:
-    """Runs the phases within `deadline` seconds and prints the summary; returns the exit code."""
-    end = time.monotonic() + deadline - RESERVE
+def run(phases: Sequence[Phase], setup: Setup) -> int:
+    """Runs the phases within the deadline and prints the summary; returns the exit code."""
+    end = time.monotonic() + setup.deadline - RESERVE
     setup.out.mkdir(parents=True, exist_ok=True)
     for name in gpu_summary.FILES:
         (setup.out / name).unlink(missing_ok=True)
