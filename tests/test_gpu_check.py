@@ -414,8 +414,8 @@ def run_dummy_tests(tmp_path: Path, gpu: Any, *options: str) -> tuple[int, dict[
 def test_a_cuda_error_ends_pytest_where_no_worker_can_take_its_place(tmp_path: Path, gpu: Any) -> None:
     code, outcomes, output = run_dummy_tests(tmp_path, gpu)
     assert code == 3
-    assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_poisons": "passed"}
-    assert "the GPU's context is lost after test_dummy.py::test_poisons: CUDA error: an illegal" in output
+    assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_poisons": "failed"}
+    assert "the GPU's context is lost: test_dummy.py::test_poisons: CUDA error: an illegal" in output
 
 
 def test_a_cuda_error_costs_one_test_under_xdist(tmp_path: Path, gpu: Any) -> None:
@@ -423,15 +423,18 @@ def test_a_cuda_error_costs_one_test_under_xdist(tmp_path: Path, gpu: Any) -> No
     code, outcomes, _ = run_dummy_tests(tmp_path, gpu, "-pxdist", "-n1", "--dist=worksteal", "--max-worker-restart=99")
     assert code == 1
     assert outcomes.pop("test_poisons") == "crashed"
+    (note,) = [r["note"] for r in gpu.records.read(tmp_path / "tests.jsonl") if "CUDA" in r["note"]]
+    assert note in gpu.summary.failures({"tests.jsonl": gpu.records.read(tmp_path / "tests.jsonl")})[1]
     assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_after": "passed", "test_skipped": "skipped"}
 
 
 def test_the_note_of_a_failed_test_is_what_it_says(gpu: Any) -> None:
     assert (
-        gpu.pytest.last_line("def test():\n>   assert x\nE   assert 1 == 2\nE    +  where\n\na.py:3: E")
+        gpu.pytest.telling_line("def test():\n>   assert x\nE   assert 1 == 2\nE    +  where\n\na.py:3: E")
         == "assert 1 == 2"
     )
-    assert gpu.pytest.last_line("") == ""
+    assert gpu.pytest.telling_line("[gw0] linux -- Python 3\nCUDA error: misaligned") == "CUDA error: misaligned"
+    assert gpu.pytest.telling_line("") == ""
 
 
 def test_pytest_without_tests_is_a_dead_worker(gpu: Any) -> None:

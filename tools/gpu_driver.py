@@ -70,7 +70,7 @@ class Task:
     judge: Judge = by_exit_code
     may_take_longer: bool = False
     log: Path | None = None  # where its whole output is appended
-    keep_output: bool = False  # in its record, also where it ended well
+    output_kept: int = 0  # characters of the end of its output, kept also where it ended well
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,13 @@ class Running:
     def seconds(self) -> float:
         return time.monotonic() - self.begin
 
-    def end_group(self) -> bool:
-        """Kills what is left of the group; says whether the process is gone."""
+    def kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end_group(self) -> bool:
+        """Kills what is left of the group; says whether the process is gone."""
+        self.kill_group()
         try:
             self.process.wait(DIES_WITHIN)
         except subprocess.TimeoutExpired:
@@ -149,8 +152,9 @@ class Running:
             ended, note = self.task.judge(self.process.returncode, output)
         if not gone:
             note += "; the process did not die"
-        kept = {} if ended == "ok" and not self.task.keep_output else {"output": output[-OUTPUT_KEPT:]}
-        record_end(path, phase, self.task, ended, note, seconds, **kept)
+        kept = max(self.task.output_kept, 0 if ended == "ok" else OUTPUT_KEPT)
+        more = {"output": output[-kept:]} if kept else {}
+        record_end(path, phase, self.task, ended, note, seconds, **more)
 
 
 def run_phase(phase: Phase, setup: Setup, deadline: float, stop: Stop) -> None:
@@ -180,6 +184,8 @@ def run_phase(phase: Phase, setup: Setup, deadline: float, stop: Stop) -> None:
             else:
                 time.sleep(0.02)
     finally:
+        for job in running:
+            job.kill_group()  # all, before any is waited for
         for job in running:
             job.finish("cut", ended, path, phase)
         record_phase(path, phase, ended or "broken off", time.monotonic() - begin)

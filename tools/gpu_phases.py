@@ -90,9 +90,10 @@ def probed(code: int, output: str) -> tuple[str, str]:
     return ("failed" if ended == "died" else ended), note
 
 
-def has_cuda_cpp(setup: Setup) -> bool:
-    known = [r for r in gpu_records.read(setup.out / "build.log") if "cuda_cpp" in r]
-    return bool(known and known[-1]["cuda_cpp"])
+def cuda_cpp(setup: Setup) -> bool | None:
+    """Whether there are CUDA C++ kernels; None if nobody looked."""
+    known = [record for record in gpu_records.read(setup.out / "build.log") if "cuda_cpp" in record]
+    return known[-1]["cuda_cpp"] if known else None
 
 
 def build(setup: Setup) -> Iterator[Task]:
@@ -103,7 +104,7 @@ def build(setup: Setup) -> Iterator[Task]:
     log = setup.out / "build.log"
     probe = Task("load", [setup.python, "tools/gpu_machine.py", "extension", "--record", str(log)], 30, judge=probed)
     yield probe
-    if has_cuda_cpp(setup):
+    if cuda_cpp(setup):
         return
     command = [setup.python, "setup.py", "build_ext", "--inplace"]
     yield Task("build", command, environment=BUILD, judge=probed, log=log, may_take_longer=True)
@@ -183,9 +184,10 @@ def tests(setup: Setup) -> Iterator[Task]:
     if setup.rehearse:
         files = [f"tests/test_{op}.py" for op in REHEARSED_TESTS]
         command += [*files, "-k", "triton-interpreter and not opcheck and not compile"]
-        yield Task("pytest", command, environment=INTERPRETED, judge=pytest_ended, may_take_longer=True)
     else:
-        yield Task("pytest", [*command, "-m", "gpu", *gpu_tests()], judge=pytest_ended, may_take_longer=True)
+        command += ["-m", "gpu", *gpu_tests()]
+    environment = INTERPRETED if setup.rehearse else {}
+    yield Task("pytest", command, environment=environment, judge=pytest_ended, may_take_longer=True, output_kept=4000)
 
 
 def sanitized(code: int, output: str) -> tuple[str, str]:
@@ -215,8 +217,9 @@ def sanitizer(setup: Setup) -> Iterator[Task]:
         return
     if setup.rehearse:
         gpu_records.append(record, remark="sanitizer: its programs run plainly")
-    racechecked = [(op, backend) for op, backend in ops() if op in RACECHECKED]
-    plan = [("memcheck", ops()), ("racecheck", racechecked), ("initcheck", ops())]
+    pairs = [(op, backend) for op, backend in ops() if backend != "cuda" or cuda_cpp(setup) is not False]
+    racechecked = [(op, backend) for op, backend in pairs if op in RACECHECKED]
+    plan = [("memcheck", pairs), ("racecheck", racechecked), ("initcheck", pairs)]
     if setup.rehearse:
         plan = [("memcheck", racechecked[:3])]
     for check, pairs in plan:
@@ -266,7 +269,7 @@ def models(setup: Setup) -> Iterator[Task]:
             {"op": op, "tool": "ncu"},
             judge=profiled,
             may_take_longer=True,
-            keep_output=True,
+            output_kept=16_000,
         )
 
 
