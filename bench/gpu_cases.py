@@ -62,6 +62,13 @@ class Case:
     def floor_us(self) -> float:
         return max(self.bytes_moved / BYTES_PER_SECOND, self.flop / self.flop_per_second) * 1e6
 
+    @property
+    def counted(self) -> str:
+        """What the floor is made of."""
+        if self.flop / self.flop_per_second > self.bytes_moved / BYTES_PER_SECOND:
+            return f"{self.flop / 1e9:.0f} GFLOP"
+        return f"{self.bytes_moved / 1e6:.1f} MB"
+
 
 @dataclass(frozen=True)
 class Sizes:

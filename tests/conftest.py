@@ -6,7 +6,7 @@ import os
 import signal
 
 import torch
-from cuda_errors import end_at_a_cuda_error  # noqa: F401
+from cuda_errors import fail_at_a_cuda_error, pytest_runtest_logfinish  # noqa: F401
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():

@@ -1,28 +1,33 @@
-"""A fixture for every gpu test: at a CUDA error the process ends, since its context is lost to all tests after it."""
+"""After each gpu test the GPU is waited for. At a CUDA error the process ends: its context is lost to later tests."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 EXIT_CODE = 3
+lost: list[str] = []  # what the error was, once there was one
 
 
 @pytest.fixture(autouse=True)
-def end_at_a_cuda_error(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Waits for the GPU after a gpu test. Under xdist the worker ends and another takes its place; else pytest ends."""
+def fail_at_a_cuda_error(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.get_closest_marker("gpu") is None or not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        message = f"{request.node.nodeid}: {error}"
-        if hasattr(request.config, "workerinput"):
-            print(message, file=sys.__stderr__, flush=True)
-            os._exit(EXIT_CODE)
-        pytest.exit(f"the GPU's context is lost after {message}", returncode=EXIT_CODE)
+        lost.append(f"{request.node.nodeid}: {error}")
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """Behind the test's own reports. A worker of xdist is replaced by another one; else pytest ends."""
+    if lost and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(EXIT_CODE)
+    if lost:
+        pytest.exit(f"the GPU's context is lost: {lost[0]}", returncode=EXIT_CODE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,8 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import benchmarks
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("gpu_driver", "gpu_phases", "gpu_pytest", "gpu_records", "gpu_smoke", "gpu_summary")
@@ -60,8 +63,8 @@ class Check:
         return self.task(f"append({str(self.out / file)!r}, **{record!r})", label="measures")
 
     def run(self, deadline: float = 30.0, rehearse: bool = False) -> tuple[int, str]:
-        setup = self.gpu.driver.Setup(self.out, rehearse)
-        code = self.gpu.driver.run(self.phases, setup, deadline + self.gpu.driver.RESERVE)
+        setup = self.gpu.driver.Setup(self.out, rehearse, deadline + self.gpu.driver.RESERVE)
+        code = self.gpu.driver.run(self.phases, setup)
         printed = self.capsys.readouterr().out
         text = (self.out / "summary.txt").read_text()
         assert printed.endswith(text), "the summary is printed last"
@@ -100,7 +103,7 @@ def test_all_is_well(check: Check) -> None:
     assert code == 0
     assert row(text, "scatter_apply", "triton") == ["ok", "-", "-", "9.1", "6.8", "12", "70%", "2.50x"]
     assert "no wrong result, no dead worker" in text
-    assert re.search(r"0 smoke 0 s done \| 1 figures 0 s done", text)
+    assert re.search(r"0 smoke \d s done \| 1 figures \d s done", text)
 
 
 def test_every_op_has_its_line_also_those_without_a_gpu_kernel(check: Check) -> None:
@@ -124,13 +127,13 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 grandchild = subprocess.Popen(["sleep", "100"])
 open({str(child)!r}, "w").write(str(grandchild.pid))
 time.sleep(100)"""
-    check.phase("figures.jsonl", check.task(code), check.task("1 / 0"), limit=1.5, name="figures")
+    check.phase("figures.jsonl", check.task(code), check.task("1 / 0"), limit=4.0, name="figures")
     check.phase("models.jsonl", check.recording("models.jsonl", line="step 1 ms"), name="models")
     begin = time.monotonic()
     status, text = check.run()
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < 30
     assert status == 0, "a phase that its limit cuts is no error"
-    assert "0 figures 2 s cut by its limit" in text or "0 figures 1 s cut by its limit" in text
+    assert re.search(r"0 figures \d s cut by its limit \(1 cut\)", text)
     assert row(text, "scatter_apply", "triton")[3] == "9.1", "what was measured before is printed"
     assert "step 1 ms" in text
     assert [r["ended"] for r in check.records("figures.jsonl") if "ended" in r] == ["cut"]
@@ -153,7 +156,7 @@ def test_a_dead_worker_is_an_error_and_the_others_go_on(check: Check, code: str,
     assert row(text, "scatter_apply", "triton")[0] == word
     assert row(text, "scatter_apply", "cuda")[0] == "ok"
     assert f"- smoke scatter_apply triton {word.lower()}: {note}" in text
-    assert "0 smoke 1 s done" in text or "0 smoke 0 s done" in text
+    assert re.search(rf"0 smoke \d s done \(1 {word.lower()}\)", text)
 
 
 def test_a_task_that_may_take_longer_is_only_cut(check: Check) -> None:
@@ -233,8 +236,8 @@ def test_a_full_deadline_ends_all_phases_in_time(check: Check) -> None:
     )
     check.phase("models.jsonl", check.task("time.sleep(100)"), name="models")
     begin = time.monotonic()
-    status, text = check.run(deadline=1.5)
-    assert time.monotonic() - begin < 6
+    status, text = check.run(deadline=4.0)
+    assert time.monotonic() - begin < 30
     assert status == 0
     assert "cut by the deadline" in text
     assert "1 models 0 s not begun: the deadline had come" in text
@@ -270,7 +273,7 @@ out = Path({str(out)!r})
 tasks = [d.Task(name, [sys.executable, "-c", code]) for name, code in (("a", ""), ("b", "import time; time.sleep(99)"))]
 files = "smoke.jsonl", "models.jsonl"
 phases = [d.Phase(i, "dummy", 60, file, lambda _: iter(tasks)) for i, file in enumerate(files)]
-sys.exit(d.run(phases, d.Setup(out), 60))"""
+sys.exit(d.run(phases, d.Setup(out)))"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + 20
     while not (out / "smoke.jsonl").exists() or '"a"' not in (out / "smoke.jsonl").read_text():
@@ -411,8 +414,8 @@ def run_dummy_tests(tmp_path: Path, gpu: Any, *options: str) -> tuple[int, dict[
 def test_a_cuda_error_ends_pytest_where_no_worker_can_take_its_place(tmp_path: Path, gpu: Any) -> None:
     code, outcomes, output = run_dummy_tests(tmp_path, gpu)
     assert code == 3
-    assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_poisons": "passed"}
-    assert "the GPU's context is lost after test_dummy.py::test_poisons: CUDA error: an illegal" in output
+    assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_poisons": "failed"}
+    assert "the GPU's context is lost: test_dummy.py::test_poisons: CUDA error: an illegal" in output
 
 
 def test_a_cuda_error_costs_one_test_under_xdist(tmp_path: Path, gpu: Any) -> None:
@@ -420,15 +423,18 @@ def test_a_cuda_error_costs_one_test_under_xdist(tmp_path: Path, gpu: Any) -> No
     code, outcomes, _ = run_dummy_tests(tmp_path, gpu, "-pxdist", "-n1", "--dist=worksteal", "--max-worker-restart=99")
     assert code == 1
     assert outcomes.pop("test_poisons") == "crashed"
+    (note,) = [r["note"] for r in gpu.records.read(tmp_path / "tests.jsonl") if "CUDA" in r["note"]]
+    assert note in gpu.summary.failures({"tests.jsonl": gpu.records.read(tmp_path / "tests.jsonl")})[1]
     assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_after": "passed", "test_skipped": "skipped"}
 
 
 def test_the_note_of_a_failed_test_is_what_it_says(gpu: Any) -> None:
     assert (
-        gpu.pytest.last_line("def test():\n>   assert x\nE   assert 1 == 2\nE    +  where\n\na.py:3: E")
+        gpu.pytest.telling_line("def test():\n>   assert x\nE   assert 1 == 2\nE    +  where\n\na.py:3: E")
         == "assert 1 == 2"
     )
-    assert gpu.pytest.last_line("") == ""
+    assert gpu.pytest.telling_line("[gw0] linux -- Python 3\nCUDA error: misaligned") == "CUDA error: misaligned"
+    assert gpu.pytest.telling_line("") == ""
 
 
 def test_pytest_without_tests_is_a_dead_worker(gpu: Any) -> None:
@@ -501,3 +507,83 @@ def test_the_architectures_of_an_extension_are_read_from_its_listing(
     (tmp_path / "cuobjdump").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert gpu.phases.architectures_in(tmp_path / "x.so", sys.executable) == {"sm_80", "sm_90", "PTX of sm_90"}
+
+
+def test_the_table_of_floors_has_every_case_and_every_op(gpu: Any) -> None:
+    text = (ROOT / "docs/gpu.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    cases = benchmarks.module("gpu_cases").cases()
+    assert [row[:4] for row in rows if row[1] != "none"] == [
+        [f"`{case.op}`", case.name, case.counted, f"{case.floor_us:.1f}"] for case in cases
+    ]
+    assert {row[0].strip("`") for row in rows} == {op for op, _ in gpu.summary.kernels()}
+    assert {row[0].strip("`") for row in rows if row[1] == "none"} == {
+        op for op, backend in gpu.summary.kernels() if backend == "none"
+    }
+    assert len({case.name for case in cases}) == len(cases)
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The modules of the figures, set to one round of warm inputs, on one thread."""
+    bench = benchmarks.modules("compare", "gpu_cases", "gpu_figures", "rotation")
+    monkeypatch.setattr(bench.compare, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(bench.rotation, "CACHE_TURNS", 0)
+    monkeypatch.setattr(bench.compare.gc, "collect", lambda: None)  # most of the time otherwise
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield bench
+    torch.set_num_threads(threads)
+
+
+def test_every_case_is_checked_and_timed_at_tiny_sizes(gpu: Any, cases: Any) -> None:
+    """On the kernels of the CPU: what is recorded of a right kernel, and that a wrong one is not timed."""
+    records: list[dict[str, Any]] = []
+
+    def record(**facts: Any) -> None:
+        records.append(facts)
+
+    place = cases.compare.Place("cpu")
+    tiny = cases.gpu_cases.cases(cases.gpu_cases.TINY)
+    for case in tiny:
+        found = {"triton": getattr(torch.ops.shira, case.op)}
+        with torch.no_grad():
+            cases.gpu_figures.measure(case, case.make("cpu"), found, place, 1e9, record)
+    assert [r["case"] for r in records] == [case.name for case in tiny]
+    assert all(r["us"] > 0 and r["ratio"] > 0 and r["baseline"] in r["baselines_us"] for r in records)
+    assert {r["op"] for r in records} == {op for op, backend in gpu.summary.kernels() if backend != "none"}
+
+    def wrong() -> None:
+        raise AssertionError("3 entries\n differ")
+
+    records.clear()
+    job = dataclasses.replace(tiny[0].make("cpu"), check=wrong)
+    cases.gpu_figures.measure(tiny[0], job, {"triton": torch.ops.shira.scatter_apply}, place, 1e9, record)
+    assert records == [
+        {
+            "op": "scatter_apply",
+            "backend": "triton",
+            "case": "scatter, bf16",
+            "result": "wrong",
+            "note": "3 entries differ",
+        }
+    ]
+
+
+class Broken(TorchFunctionMode):
+    """An op that writes nothing in place, and returns zeros."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not str(func).startswith("shira."):
+            return func(*args, **(kwargs or {}))
+        if str(func).startswith(("shira.scatter", "shira.masked_adamw", "shira.add_")):
+            return None
+        result = func(*args, **(kwargs or {}))
+        return tuple(map(torch.zeros_like, result)) if isinstance(result, tuple) else torch.zeros_like(result)
+
+
+def test_every_case_refuses_a_kernel_that_does_nothing(cases: Any) -> None:
+    for case in cases.gpu_cases.cases(cases.gpu_cases.TINY):
+        job = case.make("cpu")
+        with Broken(), pytest.raises(AssertionError):
+            job.check()

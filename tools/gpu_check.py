@@ -34,7 +34,9 @@ def main() -> int:
         "--out", type=Path, default=gpu_driver.ROOT / "bench-results/gpu", metavar="DIR", help="at most 8 files"
     )
     parser.add_argument("--phases", type=chosen_phases, default="0-6", help="such as 0-5 or 0,2,4 (default: 0-6)")
-    parser.add_argument("--deadline", type=float, default=540.0, metavar="SECONDS", help="for all phases together")
+    parser.add_argument(
+        "--deadline", type=float, default=gpu_driver.DEADLINE, metavar="SECONDS", help="for all phases (default: 540)"
+    )
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
     parser.add_argument("--carry", action="store_true", help="build what a machine with a GPU can be given, and end")
     parser.add_argument("--python", default=sys.executable, help="with --carry: the Python to build for")
@@ -42,9 +44,9 @@ def main() -> int:
     if options.carry:
         return gpu_phases.carry(options.python)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        setup = gpu_driver.Setup(options.out.resolve(), options.rehearse, scratch=Path(scratch))
+        setup = gpu_driver.Setup(options.out.resolve(), options.rehearse, options.deadline, scratch=Path(scratch))
         phases = [phase for phase in gpu_phases.phases(setup) if phase.number in options.phases]
-        return gpu_driver.run(phases, setup, options.deadline)
+        return gpu_driver.run(phases, setup)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import gpu_summary
 ROOT = Path(__file__).resolve().parent.parent
 FILE_LIMIT = 15 * 2**20  # bytes that a file in --out may keep
 OUTPUT_KEPT = 4000  # characters of the end of a task's output, kept where it did not end well
+DEADLINE = 540.0  # seconds for all phases together, if nothing else is asked for
 RESERVE = 3.0  # seconds of the deadline for the summary
 DIES_WITHIN = 5.0  # seconds that a killed process is waited for
 
@@ -46,6 +47,7 @@ class Setup:
 
     out: Path
     rehearse: bool = False
+    deadline: float = DEADLINE
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     python: str = sys.executable
     scratch: Path = Path(tempfile.gettempdir())  # a folder that is removed at the end
@@ -68,7 +70,7 @@ class Task:
     judge: Judge = by_exit_code
     may_take_longer: bool = False
     log: Path | None = None  # where its whole output is appended
-    keep_output: bool = False  # in its record, also where it ended well
+    output_kept: int = 0  # characters of the end of its output, kept also where it ended well
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,13 @@ class Running:
     def seconds(self) -> float:
         return time.monotonic() - self.begin
 
-    def end_group(self) -> bool:
-        """Kills what is left of the group; says whether the process is gone."""
+    def kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end_group(self) -> bool:
+        """Kills what is left of the group; says whether the process is gone."""
+        self.kill_group()
         try:
             self.process.wait(DIES_WITHIN)
         except subprocess.TimeoutExpired:
@@ -147,8 +152,9 @@ class Running:
             ended, note = self.task.judge(self.process.returncode, output)
         if not gone:
             note += "; the process did not die"
-        kept = {} if ended == "ok" and not self.task.keep_output else {"output": output[-OUTPUT_KEPT:]}
-        record_end(path, phase, self.task, ended, note, seconds, **kept)
+        kept = max(self.task.output_kept, 0 if ended == "ok" else OUTPUT_KEPT)
+        more = {"output": output[-kept:]} if kept else {}
+        record_end(path, phase, self.task, ended, note, seconds, **more)
 
 
 def run_phase(phase: Phase, setup: Setup, deadline: float, stop: Stop) -> None:
@@ -179,6 +185,8 @@ def run_phase(phase: Phase, setup: Setup, deadline: float, stop: Stop) -> None:
                 time.sleep(0.02)
     finally:
         for job in running:
+            job.kill_group()  # all, before any is waited for
+        for job in running:
             job.finish("cut", ended, path, phase)
         record_phase(path, phase, ended or "broken off", time.monotonic() - begin)
 
@@ -205,9 +213,9 @@ def record_phase(path: Path, phase: Phase, ended: str, seconds: float) -> None:
     gpu_records.append(path, phase=phase.number, name=phase.name, phase_ended=ended, seconds=round(seconds, 1))
 
 
-def run(phases: Sequence[Phase], setup: Setup, deadline: float) -> int:
-    """Runs the phases within `deadline` seconds and prints the summary; returns the exit code."""
-    end = time.monotonic() + deadline - RESERVE
+def run(phases: Sequence[Phase], setup: Setup) -> int:
+    """Runs the phases within the deadline and prints the summary; returns the exit code."""
+    end = time.monotonic() + setup.deadline - RESERVE
     setup.out.mkdir(parents=True, exist_ok=True)
     for name in gpu_summary.FILES:
         (setup.out / name).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import gpu_records
 import gpu_summary
-from gpu_driver import ROOT, Phase, Setup, Task, by_exit_code, last_line
+from gpu_driver import DEADLINE, ROOT, Phase, Setup, Task, by_exit_code, last_line
 
 BUILD = {"SHIRA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
 SANITIZER_ERROR = 86  # the exit code that compute-sanitizer is told to give
@@ -50,14 +50,17 @@ PROFILED = ("scatter_apply", "topk_indices", "masked_grad")
 
 
 def phases(setup: Setup) -> list[Phase]:
-    rehearse, cores = setup.rehearse, setup.cores
+    """With a later deadline each may take longer, in proportion."""
+    rehearse, cores, longer = setup.rehearse, setup.cores, max(1.0, setup.deadline / DEADLINE)
+    limits = (30, 110, 110, 90, 70, 30) if rehearse else (15, 60, 60, 150, 120, 90)
+    limit = [longer * seconds for seconds in limits]
     return [
-        Phase(0, "machine", 30 if rehearse else 15, "build.log", machine, nothing_after=no_gpu),
-        Phase(1, "build", 150 if rehearse else 60, "build.log", build, cores if rehearse else 1),
-        Phase(2, "smoke", 120 if rehearse else 60, "smoke.jsonl", smoke, min(8, cores)),
-        Phase(3, "figures", 120 if rehearse else 150, "figures.jsonl", figures, cores if rehearse else 1),
-        Phase(4, "tests", 60 if rehearse else 120, "tests.jsonl", tests),
-        Phase(5, "sanitizer", 90, "sanitizer.jsonl", sanitizer, min(6, cores)),
+        Phase(0, "machine", limit[0], "build.log", machine, nothing_after=no_gpu),
+        Phase(1, "build", limit[1], "build.log", build, cores if rehearse else 1),
+        Phase(2, "smoke", limit[2], "smoke.jsonl", smoke, min(8, cores)),
+        Phase(3, "figures", limit[3], "figures.jsonl", figures, cores if rehearse else 1),
+        Phase(4, "tests", limit[4], "tests.jsonl", tests),
+        Phase(5, "sanitizer", limit[5], "sanitizer.jsonl", sanitizer, min(6, cores)),
         Phase(6, "models", float("inf"), "models.jsonl", models),
     ]
 
@@ -87,9 +90,10 @@ def probed(code: int, output: str) -> tuple[str, str]:
     return ("failed" if ended == "died" else ended), note
 
 
-def has_cuda_cpp(setup: Setup) -> bool:
-    known = [r for r in gpu_records.read(setup.out / "build.log") if "cuda_cpp" in r]
-    return bool(known and known[-1]["cuda_cpp"])
+def cuda_cpp(setup: Setup) -> bool | None:
+    """Whether there are CUDA C++ kernels; None if nobody looked."""
+    known = [record for record in gpu_records.read(setup.out / "build.log") if "cuda_cpp" in record]
+    return known[-1]["cuda_cpp"] if known else None
 
 
 def build(setup: Setup) -> Iterator[Task]:
@@ -100,7 +104,7 @@ def build(setup: Setup) -> Iterator[Task]:
     log = setup.out / "build.log"
     probe = Task("load", [setup.python, "tools/gpu_machine.py", "extension", "--record", str(log)], 30, judge=probed)
     yield probe
-    if has_cuda_cpp(setup):
+    if cuda_cpp(setup):
         return
     command = [setup.python, "setup.py", "build_ext", "--inplace"]
     yield Task("build", command, environment=BUILD, judge=probed, log=log, may_take_longer=True)
@@ -133,7 +137,7 @@ def smoke_command(setup: Setup, op: str, backend: str, path: Path, *more: str) -
 
 
 def smoke(setup: Setup) -> Iterator[Task]:
-    tiny, limit = (["--tiny"], 60.0) if setup.rehearse else ([], 20.0)
+    tiny, limit = (["--tiny"], float("inf")) if setup.rehearse else ([], 20.0)
     for op, backend in ops():
         yield Task(
             f"{op} {backend}",
@@ -180,9 +184,10 @@ def tests(setup: Setup) -> Iterator[Task]:
     if setup.rehearse:
         files = [f"tests/test_{op}.py" for op in REHEARSED_TESTS]
         command += [*files, "-k", "triton-interpreter and not opcheck and not compile"]
-        yield Task("pytest", command, environment=INTERPRETED, judge=pytest_ended, may_take_longer=True)
     else:
-        yield Task("pytest", [*command, "-m", "gpu", *gpu_tests()], judge=pytest_ended, may_take_longer=True)
+        command += ["-m", "gpu", *gpu_tests()]
+    environment = INTERPRETED if setup.rehearse else {}
+    yield Task("pytest", command, environment=environment, judge=pytest_ended, may_take_longer=True, output_kept=4000)
 
 
 def sanitized(code: int, output: str) -> tuple[str, str]:
@@ -212,9 +217,12 @@ def sanitizer(setup: Setup) -> Iterator[Task]:
         return
     if setup.rehearse:
         gpu_records.append(record, remark="sanitizer: its programs run plainly")
-    racechecked = [(op, backend) for op, backend in ops() if op in RACECHECKED]
-    plan = [("memcheck", ops()), ("racecheck", racechecked), ("initcheck", ops())]
-    for check, pairs in plan[:1] if setup.rehearse else plan:
+    pairs = [(op, backend) for op, backend in ops() if backend != "cuda" or cuda_cpp(setup) is not False]
+    racechecked = [(op, backend) for op, backend in pairs if op in RACECHECKED]
+    plan = [("memcheck", pairs), ("racecheck", racechecked), ("initcheck", pairs)]
+    if setup.rehearse:
+        plan = [("memcheck", racechecked[:3])]
+    for check, pairs in plan:
         for op, backend in pairs:
             if any(r.get("ended") == "refused" for r in gpu_records.read(record)):
                 gpu_records.append(record, remark="compute-sanitizer refuses this device")
@@ -261,7 +269,7 @@ def models(setup: Setup) -> Iterator[Task]:
             {"op": op, "tool": "ncu"},
             judge=profiled,
             may_take_longer=True,
-            keep_output=True,
+            output_kept=16_000,
         )
 
 

@@ -26,18 +26,18 @@ class Recorder:
         if report.when == "call" or report.outcome != "passed":
             # xdist reports the test that a worker died in with the phase "???".
             outcome = "crashed" if report.when == "???" else report.outcome
-            note = last_line(report.longreprtext) if outcome != "skipped" else ""
+            note = telling_line(report.longreprtext) if outcome in ("failed", "crashed") else ""
             seconds = round(report.duration, 3)
             gpu_records.append(self.path, test=report.nodeid, outcome=outcome, note=note, seconds=seconds)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            note = last_line(report.longreprtext)
+            note = telling_line(report.longreprtext)
             gpu_records.append(self.path, test=f"{report.nodeid} (collection)", outcome="failed", note=note)
 
 
-def last_line(text: str) -> str:
-    """The line that says what happened: the last with an error marker, else the last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def telling_line(text: str) -> str:
+    """The line that says what happened: the first with an error marker, else the first, but not xdist's of the worker."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("[gw")]
     marked = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
     return (marked or lines or [""])[0][:NOTE]

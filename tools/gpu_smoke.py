@@ -1,6 +1,6 @@
 """Runs one op on one backend and compares it with the reference on the CPU: a worker of the GPU check.
 
-    python tools/gpu_smoke.py OP BACKEND --record FILE [--device cpu] [--sizes small,medium] [--tiny]
+    python tools/gpu_smoke.py OP BACKEND --record FILE [--device cpu] [--sizes tiny,small,medium] [--tiny]
 
 All arguments are compared afterwards, bit for bit, with those of the reference; so is what an op returns, except where
 it is a sum whose order is free: that may be as far from the float64 sum as its roundings allow. `--tiny` runs a few
@@ -317,7 +317,7 @@ def main() -> int:
     parser.add_argument("backend")
     parser.add_argument("--record", required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--sizes", default="small,medium")
+    parser.add_argument("--sizes", default="tiny,small,medium")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)

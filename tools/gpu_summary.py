@@ -63,7 +63,9 @@ def outcomes(records: Iterable[Record]) -> dict[str, Record]:
             continue
         known = worst.get(record["test"])
         if known is None or WORST_LAST.index(record["outcome"]) > WORST_LAST.index(known["outcome"]):
-            worst[record["test"]] = record
+            # What a test said before its worker died says more than that it died.
+            note = (known or {}).get("note") or record.get("note", "")
+            worst[record["test"]] = {**record, "note": note}
     return worst
 
 
@@ -89,11 +91,11 @@ def of(records: Iterable[Record], op: str, backend: str) -> list[Record]:
     return [record for record in records if record.get("op") == op and record.get("backend") == backend]
 
 
-def number(value: float | None, form: str = "") -> str:
+def number(value: float | None) -> str:
     """Three digits of a number that may be missing."""
     if value is None:
         return "-"
-    return format(value, form) if form else f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def figure_cells(figure: Record | None) -> list[str]:
