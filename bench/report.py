@@ -29,8 +29,14 @@ LEGEND = """\
 - **of byte bound**: the time in which a streaming update in place moves the bytes that ours must move, over this side's
   time.
 - **overhead**: the time above that of the floor, a side that does only what all sides have to do.
-- **host**: on a GPU, the time until the call returned; the medians there are times on the device.
+- **host**: on a GPU, the time until the call returned. The medians there are times on the device, which was kept busy
+  while the call was prepared, so they do not contain it. **HOST-BOUND** marks a side whose host time is the longer one:
+  called again and again, it takes that long. "waits" marks a call that waits for the GPU: its host time is no cost.
 """
+
+# A call whose host time is this long has waited for what keeps the device busy (compare.GPU_HEAD_START_CYCLES, 5 ms at
+# 2 GHz, and longer on slower GPUs). Host time that is as long without waiting is not hidden, but in the medians.
+_WAITS_US = 4500.0
 
 
 # What `compare` records of a case and of a side, and this report needs.
@@ -73,6 +79,30 @@ class Case:
     def is_loss(self, name: str) -> bool:
         return name in self.info["baselines"] and self.sides[name]["ratio"] < 1
 
+    def host_ratio(self, name: str) -> float | None:
+        """Of calls that follow each other on a GPU, each as long as the longer of host and device: a side's over ours,
+        if the host's is the longer one for either."""
+        names = name, self.info["ours"]
+        if not any(self.is_host_bound(side) for side in names):
+            return None
+        theirs, ours = (self.sides[side]["host_us" if self.is_host_bound(side) else "median_us"] for side in names)
+        return theirs / ours
+
+    def waits(self, name: str) -> bool:
+        """Whether a call waits for the GPU."""
+        host_us = self.sides[name]["host_us"]
+        return host_us is not None and host_us * self.info.get("calls_per_round", 1) >= _WAITS_US
+
+    def is_host_bound(self, name: str) -> bool:
+        side = self.sides[name]
+        return side["host_us"] is not None and side["host_us"] > side["median_us"] and not self.waits(name)
+
+    def host_time(self, name: str) -> str:
+        if self.sides[name]["host_us"] is None:
+            return ""
+        note = " (waits)" if self.waits(name) else " **HOST-BOUND**" if self.is_host_bound(name) else ""
+        return format_time(self.sides[name]["host_us"]) + note
+
 
 @dataclass(frozen=True)
 class Run:
@@ -104,6 +134,8 @@ def load(path: Path, tag: str = "") -> Run:
                 raise ReportError(
                     f"{path}: no {', '.join(sorted(missing))} in a benchmark; was it made by pytest bench/?"
                 )
+            if case.info["device"] == "cuda" and any(side["host_us"] is None for side in case.sides.values()):
+                raise ReportError(f"{path}: no host_us in a benchmark on a GPU: {case.label}")
         run = Run(tag, content["datetime"][:16], described, cases)
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{path}: not a result of `pytest bench/ --benchmark-json`: {error!r}") from error
@@ -185,7 +217,7 @@ def table(cases: list[Case]) -> list[str]:
             shares = [f"{side['gb_per_s']:.1f}", f"{side['share_of_copy']:.0%}", f"{side['share_of_byte_bound']:.0%}"]
             cells += shares if case.is_cold else [""] * len(shares)
             cells += [overhead(case, name)] if has_floor(cases) else []
-            cells += [format_time(side["host_us"]) if side["host_us"] else ""] if on_gpu else []
+            cells += [case.host_time(name)] if on_gpu else []
             if is_training(cases):
                 cells += [f"{1e6 / side['median_us']:.3f}", f"{case.info['trained'][name]:,}", memory(case, name)]
             lines.append("| " + " | ".join(cells) + " |")
@@ -222,6 +254,13 @@ def markdown(runs: list[Run], pictures: dict[str, str]) -> str:
         for case in run.cases
         for name in case.info["baselines"]
         if case.is_loss(name)
+    ]
+    losses += [
+        f"- {case.group}; {case.label}: one after the other, host time included, {name} takes {ratio:.2f} of our time"
+        for run in runs
+        for case in run.cases
+        for name in case.info["baselines"]
+        if (ratio := case.host_ratio(name)) is not None and ratio < 1
     ]
     lines += ["## Losses", "", *(losses or ["None."]), ""]
     for group, cases in groups(runs).items():
@@ -293,7 +332,10 @@ def draw_sweep(group: str, cases: list[Case]) -> bytes:
         members = sorted(members, key=lambda case: case.info[swept])
         x = [case.info[swept] for case in members]
         for name in members[0].sides:
-            axes.plot(x, [case.sides[name]["median_us"] / 1000 for case in members], marker="o", label=name)
+            [line] = axes.plot(x, [case.sides[name]["median_us"] / 1000 for case in members], marker="o", label=name)
+            if members[0].info["device"] == "cuda":
+                host = [case.sides[name]["host_us"] / 1000 for case in members]
+                axes.plot(x, host, color=line.get_color(), linestyle=":")
         bound = [case.info["byte_bound_us"] / 1000 for case in members]
         axes.plot(x, bound, color="black", linestyle="--", label="byte bound of ours")
         axes.set_title(f"{place}, {dtype}")
@@ -301,7 +343,8 @@ def draw_sweep(group: str, cases: list[Case]) -> bytes:
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.set_xticks([], minor=True)
         axes.set_xlabel(swept)
-        axes.set_ylabel("median time, ms")
+        on_gpu = members[0].info["device"] == "cuda"
+        axes.set_ylabel("median time, ms (dotted: of the host)" if on_gpu else "median time, ms")
         if x[-1] > 10 * x[0]:
             axes.set_yscale("log")
         else:

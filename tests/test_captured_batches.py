@@ -366,6 +366,36 @@ def test_calls_on_another_stream_wait_for_earlier_ones(monkeypatch: pytest.Monke
     assert log == waits
 
 
+def test_forwards_on_other_streams_wait_for_the_batch_and_it_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    current = [Stream("main", log)]
+    rows = unfused.Rows(torch.device("cpu"))
+    monkeypatch.setattr(unfused, "sent", lambda slots, dtype, _: torch.tensor(slots, dtype=dtype))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: log.append(f"used on {stream.name}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
+    monkeypatch.setattr(unfused, "stream_of", lambda _: id(current[-1]))
+
+    def run(tokens: int, stream: Stream) -> list[str]:
+        current.append(stream)
+        log.clear()
+        assert rows.of(torch.empty(2, tokens, 4), None).tolist() == [3] * tokens + [5] * tokens  # type: ignore[arg-type]
+        current.pop()
+        return list(log)
+
+    main, side, third = current[0], Stream("side", log), Stream("third", log)
+    rows.set([3, 5], None)
+    rows._device = torch.device("cuda", 0)
+    rows._join(rows.slots)
+    assert run(4, main) == ["used on main"]
+    assert run(4, main) == []
+    assert run(4, side) == ["side waits for main", "used on side"]
+    assert run(4, side) == []
+    assert sorted(run(4, third)) == ["third waits for main", "third waits for side", "used on third"]
+    log.clear()
+    rows.leave()
+    assert sorted(log) == ["main waits for side", "main waits for third", "used on main"]
+
+
 def test_a_banks_calls_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Small()
     bank = small_bank(model)

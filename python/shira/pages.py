@@ -79,7 +79,6 @@ class Pages:
         self._free_slots: list[int] = []
         self._transposed: dict[torch.Tensor, bool] = {}
         self._widest: dict[torch.Tensor, int] = {}  # pages that an adapter needs for a weight at most
-        self._usual: Counter[PoolKey] = Counter()  # pages of all registered adapters
         self._registered: dict[str, Counts] = {}
 
     @property
@@ -111,15 +110,13 @@ class Pages:
         """An adapter that may be brought in. transposed: of each weight, whether it is [in, out]."""
         self._transposed.update(transposed)
         self._widest.update(self._widths(counts))
-        self._usual.update(self._pages([counts]))
         self._registered[name] = counts
 
     def forget(self, name: str) -> None:
         """A registered adapter is gone, and with it the mixes that name it."""
-        counts = self._registered.pop(name)
+        del self._registered[name]
         for target in [target for target in self.residents if name in dict(target)]:
             self._drop(target)
-        self._usual.subtract(self._pages([counts]))
 
     def trim(self) -> None:
         """Tables and pools go that no registered adapter needs."""
@@ -259,7 +256,8 @@ class Pages:
         """All of the budget anew: as many slots as registered adapters of average size fill, and pages for the rest."""
         slot_bytes = self._slot_bytes(self._widest)
         keys = {self._key(weight) for weight in self._widest}
-        usual = {key: self._usual[key] * _page_bytes(key) / max(1, len(self._registered)) for key in keys}
+        registered = self._pages(self._registered.values())
+        usual = {key: registered[key] * _page_bytes(key) / max(1, len(self._registered)) for key in keys}
         most = (budget - _bytes_of(pages)) // max(1, slot_bytes)
         slots = max(slots, 1, min(most, int(budget // max(1, slot_bytes + sum(usual.values())))))
         rest = budget - slots * slot_bytes - _bytes_of(pages)

@@ -43,6 +43,11 @@ def is_captured(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def stream_of(x: torch.Tensor) -> int:
+    """Which stream of a GPU runs what is launched for x now."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+
+
 class Rows:
     """The slot that each row of the open batch uses (-1 for none), on one device.
 
@@ -58,7 +63,9 @@ class Rows:
         self.slots = torch.empty(0)
         self.meter: Meter | None = None
         self._by_tokens: dict[int, torch.Tensor] = {}
-        self._by_shape: dict[torch.Size, torch.Tensor] = {}  # some of these, by the shape of x: a decode step's lookup
+        # Some of these, by the shape of x and the stream that is to read them: a decode step's lookup.
+        self._by_shape: dict[tuple[torch.Size, int], torch.Tensor] = {}
+        self._streams: set[torch.cuda.Stream] = set()  # that read or wrote them since the batch was opened
         self._lock = threading.Lock()  # of the dictionaries, but for that lookup: other threads may run the model too
 
     @property
@@ -90,6 +97,8 @@ class Rows:
             self._by_tokens = known
             self._by_shape.clear()
             self.slots = known[len(slots)]
+            self._streams.clear()
+            self._join(self.slots)
 
     def clear(self) -> None:
         """No row uses a slot any more."""
@@ -100,6 +109,7 @@ class Rows:
     def leave(self) -> None:
         """The batch is over: what graphs read tells them to add nothing."""
         with self._lock:
+            self._join(self.slots)
             for each in self._by_tokens.values():
                 if id(each) in self._captured:
                     each.fill_(-1)
@@ -108,14 +118,16 @@ class Rows:
         """[tokens] int32, for x [..., in] and the table of a layer. Row i of n uses the name i // (n / names)."""
         if is_captured(x):
             return self._of_graph(x, table)
-        known = self._by_shape.get(x.shape)
+        key = x.shape, stream_of(x)
+        known = self._by_shape.get(key)
         if known is None:
             with self._lock:
                 tokens = self._check(x)
                 known = self._by_tokens.get(tokens)
                 if known is None:
                     known = self._keep(tokens)
-                self._by_shape[x.shape] = known
+                self._join(known)
+                self._by_shape[key] = known
         return known
 
     def _of_graph(self, x: torch.Tensor, table: Table) -> torch.Tensor:
@@ -129,6 +141,15 @@ class Rows:
         # A tensor that was made now would be written by replays alone, so it is not kept for others: the graph spreads
         # the slots itself.
         return _spread(read, tokens) if known is None else known
+
+    def _join(self, slots: torch.Tensor) -> None:
+        """On a GPU the current stream waits for those that wrote slots or pages, or may still read them."""
+        if self._device.type == "cuda":
+            current = torch.cuda.current_stream(self._device)
+            for other in self._streams - {current}:
+                current.wait_stream(other)
+            slots.record_stream(current)
+            self._streams.add(current)
 
     def compiled_for(self, x: torch.Tensor) -> torch.Tensor:
         """The same, as a part of compiled code."""
