@@ -1,5 +1,5 @@
 # Each target makes what it needs: the virtual environment in .venv, all packages, the C++ extension.
-#   make demo | test | bench | lint | build | gpu-check | clean
+#   make demo | test | bench | lint | build | gpu-compile | gpu-check | clean
 # TORCH=2.13.0        the torch to install
 # PYTHON=python3      the interpreter that makes .venv; gpu-check uses it as it is
 # PYTEST_ARGS, BENCH_ARGS, GPU_CHECK_ARGS   further arguments
@@ -13,8 +13,11 @@ export SHIRA_BUILD ?= auto
 BUILT := $(VENV)/.built-torch-$(TORCH)-$(SHIRA_BUILD)
 SOURCES := setup.py $(shell find csrc -type f)
 RESULTS ?= bench-results
+# The oldest Triton that pyproject.toml allows, beside the newest that is installed.
+OLDEST_TRITON := 3.6.0
+TRITON_STAMP := $(VENV)/.triton-$(OLDEST_TRITON)
 
-.PHONY: demo test bench lint build gpu-check clean
+.PHONY: demo test bench lint build gpu-compile gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -49,6 +52,17 @@ $(STAMP): pyproject.toml
 $(BUILT): $(STAMP) $(SOURCES)
 	rm -f shira_kernels/_C.*.so $(VENV)/.built-*
 	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+# Every kernel for GPUs, compiled with none: CUDA C++, and Triton with its newest and its oldest version.
+gpu-compile: $(BUILT) $(TRITON_STAMP)
+	$(PY) tools/compile_gpu.py
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(PY) tools/compile_gpu.py --no-cuda --targets sm_90
+
+$(TRITON_STAMP): $(STAMP)
+	rm -rf $(VENV)/triton-$(OLDEST_TRITON)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) \
+		triton==$(OLDEST_TRITON)
 	touch $@
 
 # On a machine with a GPU, with the python and packages that are there: no installation, no network.

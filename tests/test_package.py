@@ -232,6 +232,14 @@ def test_a_build_without_nvcc_says_so(tmp_path: Path) -> None:
     assert "SHIRA_BUILD=cuda cannot be built: there is no nvcc" in wanted.stderr
 
 
+def test_the_oldest_triton_is_compiled_with() -> None:
+    allowed = re.search(r'"triton>=(\S+);', (ROOT / "pyproject.toml").read_text())
+    compiled = re.search(r"^OLDEST_TRITON := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert allowed is not None
+    assert compiled is not None
+    assert compiled[1] == f"{allowed[1]}.0"
+
+
 def test_schemas_are_the_contract() -> None:
     rest = "Tensor indices, Tensor values, float alpha=1., bool additive=False, Tensor(b!)? saved=None) -> ()"
     single, batched = torch.ops.shira.scatter_apply.default, torch.ops.shira.scatter_apply_batched.default
