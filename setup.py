@@ -60,7 +60,7 @@ def extension_arguments() -> dict:
     # Square roots need not set errno, so they are vectorised.
     macros: list = []
     cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-g0"]
-    nvcc = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr"]
+    nvcc = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-ffp-contract=off"]
     if with_cuda:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         macros += [("USE_CUDA", None), ("SHIRA_CUDA_ARCHITECTURES", f'"{architectures}"')]

@@ -132,12 +132,26 @@ def test_empty_lists(backend: Backend) -> None:
         assert weights[0].tolist() == [1, 1, 1, 1, 1]
 
 
-@pytest.mark.skipif(bool(Backend("triton").missing()) and not torch.cuda.is_available(), reason="triton is missing")
+TRITON = [
+    pytest.param(
+        backend,
+        id=f"triton-{backend.device}",
+        marks=[
+            pytest.mark.skipif(bool(backend.missing()), reason=backend.missing()),
+            *([pytest.mark.gpu] if backend.device == "cuda" else []),
+        ],
+    )
+    for backend in BACKENDS
+    if backend.name == "triton"
+]
+
+
+@pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-def test_triton_writes_nothing_outside_whatever_the_lists(index_dtype: torch.dtype) -> None:
+def test_triton_writes_nothing_outside_whatever_the_lists(backend: Backend, index_dtype: torch.dtype) -> None:
     """Its launch without the checks, as on a GPU, where what lists hold stays unread."""
     launch = importlib.import_module(f"shira_kernels.triton.{OP}").scatter_switch_batched
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = backend.device
     block = torch.full((3, 10_000), 7.0, device=device)
     weights, around = [block[1][:5000], block[1][5000:]], block[[0, 2]].clone()
     low, high = torch.iinfo(index_dtype).min, torch.iinfo(index_dtype).max

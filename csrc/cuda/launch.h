@@ -16,36 +16,76 @@ inline unsigned blocks_for(int64_t entries, int64_t per_block) {
   return static_cast<unsigned>((entries + per_block - 1) / per_block);
 }
 
-// The lists of a call. `offsets` is null for a single weight.
+// One sorted list of a call. `offsets` is null for a single weight without any.
 struct BatchCall {
   const char* op;
   const std::vector<WeightPart>& parts;
   const Tensor* offsets;
   const Tensor& indices;
+  ListNames names = {};
 
   bool host_borders() const { return offsets == nullptr || offsets->is_cpu(); }
 };
 
-// Calls f(batch) for the weights of the call, as few batches as fit in kernel arguments; target(i, weight target) makes
-// the target of weight i.
+// A kernel with blocks of kThreads; its arguments are copied.
+template <class... Parameters, class... Arguments>
+void launch_blocks(const char* op, void (*kernel)(Parameters...), unsigned blocks, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), op);
+}
+
+// Calls f(batch) for the weights of a call, kParts at a time; target(i, weight) makes the target of weight i of what
+// every target holds. Without entries there is no batch.
 template <class Target, int kParts, class MakeTarget, class F>
-void for_each_batch(const BatchCall& call, const MakeTarget& target, const F& f) {
-  const auto weights = static_cast<int>(call.parts.size());
-  const bool host_borders = call.host_borders();
+void for_each_batch(const BatchCall (&lists)[Target::kLists], const MakeTarget& target, const F& f) {
+  const auto weights = static_cast<int>(lists[0].parts.size());
   for (int first = 0; first < weights; first += kParts) {
     Batch<Target, kParts> batch;
     batch.first = first;
     batch.count = std::min(kParts, weights - first);
-    batch.weights = weights;
-    batch.offsets = host_borders ? nullptr : static_cast<const int64_t*>(call.offsets->data_ptr());
-    batch.begin = host_borders ? call.parts[first].begin : 0;
-    batch.end = host_borders ? call.parts[first + batch.count - 1].end : call.indices.numel();
-    for (int i = 0; i < batch.count; ++i) {
-      const WeightPart& part = call.parts[first + i];
-      batch.targets[i] = target(first + i, WeightTarget{part.weight.data_ptr(), part.weight.numel(), part.begin});
+    bool has_entries = false;
+    for (int list = 0; list < Target::kLists; ++list) {
+      const BatchCall& call = lists[list];
+      const bool whole = weights == 1 || !call.host_borders();  // a single weight has the whole list
+      batch.lists[list] = {
+          whole ? 0 : call.parts[first].begin, whole ? call.indices.numel() : call.parts[first + batch.count - 1].end,
+          call.host_borders() || weights == 1 ? nullptr : static_cast<const int64_t*>(call.offsets->data_ptr())};
+      has_entries |= batch.lists[list].begin < batch.lists[list].end;
     }
-    if (batch.begin < batch.end) f(batch);
+    if (!has_entries) continue;
+    for (int i = 0; i < batch.count; ++i) {
+      const Tensor& weight = lists[0].parts[first + i].weight;
+      WeightTarget<Target::kLists> common{weight.data_ptr(), weight.numel(), {}};
+      for (int list = 0; list < Target::kLists; ++list) common.begin[list] = lists[list].parts[first + i].begin;
+      batch.targets[i] = target(first + i, common);
+    }
+    for (int list = 0; list < Target::kLists; ++list) batch.targets[batch.count].begin[list] = batch.lists[list].end;
+    f(batch);
   }
+}
+
+// The same by the instance with the fewest bytes that holds all weights, or as few launches of the largest as it takes.
+template <class Target, class MakeTarget, class F>
+void over_batches(const BatchCall (&lists)[Target::kLists], const MakeTarget& target, const F& f) {
+  const auto weights = static_cast<int>(lists[0].parts.size());
+  if (weights == 1 && Target::kLists == 1)
+    for_each_batch<Target, 1>(lists, target, f);
+  else if (weights <= kFewParts<Target>)
+    for_each_batch<Target, kFewParts<Target>>(lists, target, f);
+  else if (weights <= kManyParts<Target>)
+    for_each_batch<Target, kManyParts<Target>>(lists, target, f);
+  else
+    for_each_batch<Target, kMaxParts<Target>>(lists, target, f);
+}
+
+// Where a target is just what every one holds.
+template <int kLists>
+WeightTarget<kLists> plain_target(int, const WeightTarget<kLists>& weight) {
+  return weight;
 }
 
 // Whether checked mode is on.

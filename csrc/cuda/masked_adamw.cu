@@ -9,20 +9,20 @@ namespace {
 template <class T, class G, class Index>
 void launch(const AdamWCall& call, const BatchCall& lists, cudaStream_t stream) {
   using C = typename cuda::Compute<T>::type;
+  const bool on_device = !call.step.is_cpu();
   const AdamWArena<C> arena{static_cast<C*>(call.exp_avg.data_ptr()),
                             static_cast<C*>(call.exp_avg_sq.data_ptr()),
                             call.master ? static_cast<C*>(call.master->data_ptr()) : nullptr,
-                            call.step.is_cpu() ? nullptr : static_cast<const float*>(call.step.data_ptr()),
-                            call.step_count,
-                            call.numbers};
-  const auto target = [&](int i, const WeightTarget& weight) {
+                            on_device ? static_cast<const float*>(call.step.data_ptr()) : nullptr,
+                            call.numbers,
+                            on_device ? cuda::AdamW<C>{} : cuda::AdamW<C>::of(call.numbers, call.step_count)};
+  const auto target = [&](int i, const WeightTarget<1>& weight) {
     return AdamWTarget{weight, call.grads[i].data_ptr(), call.dense[i] ? -1 : call.grads[i].numel()};
   };
-  for_each_batch<AdamWTarget, kMaxParts<AdamWTarget>>(lists, target, [&](const auto& batch) {
-    masked_adamw_kernel<kMaxParts<AdamWTarget>, T, G, Index>
-        <<<blocks_for(batch.end - batch.begin, kThreads * kEntries), kThreads, 0, stream>>>(
-            batch, static_cast<const Index*>(call.indices.data_ptr()), arena);
-    check_cuda(cudaGetLastError(), call.op);
+  over_batches<AdamWTarget>({lists}, target, [&](const auto& batch) {
+    launch_blocks(call.op, masked_adamw_kernel<std::decay_t<decltype(batch)>::kParts, T, G, Index>,
+                  blocks_for(batch.lists[0].end - batch.lists[0].begin, kChunk), stream, batch,
+                  static_cast<const Index*>(call.indices.data_ptr()), arena);
   });
 }
 

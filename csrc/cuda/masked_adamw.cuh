@@ -8,8 +8,11 @@
 // arithmetic (float64 for float64), rounded once. Deterministic. An index outside its weight, or an entry beyond a
 // compact gradient, is skipped.
 //
-// A step on the device is read there, so a captured graph may be replayed with another; what depends on it is float64
-// work, done by one thread of a block. Entries of a thread are blockDim apart, as in scatter_apply.
+// Speed: bytes are index, moments and master (4 bytes each, moments and master read and written) and a sector of 32
+// bytes of the weight and of a dense gradient for each one touched. Chain: indices -> gradient and weight -> stores,
+// two trips to memory; moments and the search for the parts lie beside the first. What depends on the step is float64
+// work: the host does it, or, where the step is on the device (so that a captured graph may be replayed with another),
+// one thread of a block while the loads are in flight. Entries of a thread are blockDim apart, as in scatter_apply.
 #pragma once
 
 #define SHIRA_ISA cuda
@@ -18,7 +21,7 @@
 
 namespace shira {
 
-struct AdamWTarget : WeightTarget {
+struct AdamWTarget : WeightTarget<1> {
   const void* grad;
   int64_t compact;  // the number of entries of a compact gradient; -1 for one of the weight's shape
 };
@@ -27,48 +30,57 @@ template <class C>
 struct AdamWArena {
   C* exp_avg;
   C* exp_avg_sq;
-  C* master;           // null where there is none
-  const float* step;   // null where the host knows it
-  int64_t step_count;  // where the host knows it
+  C* master;          // null where there is none
+  const float* step;  // on the device; null where the host knew it
   AdamWNumbers numbers;
+  cuda::AdamW<C> adamw;  // where the host knew the step
 };
-
-__device__ inline int64_t begin_of(const WeightTarget& weight, const int64_t* offsets, int part) {
-  return offsets == nullptr ? weight.begin : offsets[part];
-}
 
 template <int kParts, class T, class G, class Index>
 __global__ void __launch_bounds__(kThreads)
     masked_adamw_kernel(const __grid_constant__ Batch<AdamWTarget, kParts> batch, const Index* __restrict__ indices,
-                        const AdamWArena<typename cuda::Compute<T>::type> arena) {
+                        const __grid_constant__ AdamWArena<typename cuda::Compute<T>::type> arena) {
   using C = typename cuda::Compute<T>::type;
   __shared__ cuda::AdamW<C> shared;
-  if (threadIdx.x == 0)
-    shared =
-        cuda::AdamW<C>::of(arena.numbers, arena.step == nullptr ? arena.step_count : static_cast<int64_t>(*arena.step));
-  __syncthreads();
-  const cuda::AdamW<C> adamw = shared;
-  const int64_t start = batch.begin + static_cast<int64_t>(blockIdx.x) * (kThreads * kEntries) + threadIdx.x;
-  T* entries[kEntries];
+  const int64_t begin = batch.lists[0].begin + static_cast<int64_t>(blockIdx.x) * kChunk;
+  const int64_t end = min(begin + kChunk, batch.lists[0].end), start = begin + threadIdx.x;
+  const float step = arena.step != nullptr ? *arena.step : 0;
+  Index index[kEntries];
   C w[kEntries], g[kEntries], m[kEntries], v[kEntries];
 #pragma unroll
   for (int k = 0; k < kEntries; ++k) {
     const int64_t i = start + k * kThreads;
-    entries[k] = nullptr;
-    if (i >= batch.end) continue;
-    const AdamWTarget* target = target_of(batch, i);
-    const auto index = static_cast<int64_t>(indices[i]);
-    if (target == nullptr || index < 0 || index >= target->numel) continue;
-    const bool dense = target->compact < 0;
-    const auto part = static_cast<int>(target - batch.targets) + batch.first;
-    const int64_t at = dense ? index : i - begin_of(*target, batch.offsets, part);
-    if (at < 0 || (!dense && at >= target->compact)) continue;
-    entries[k] = static_cast<T*>(target->weight) + index;
-    g[k] = static_cast<C>(cuda::widen(static_cast<const G*>(target->grad)[at]));
+    if (i >= end) continue;
+    index[k] = indices[i];
     m[k] = arena.exp_avg[i];
     v[k] = arena.exp_avg_sq[i];
-    w[k] = arena.master != nullptr ? arena.master[i] : static_cast<C>(cuda::widen(*entries[k]));
+    if (arena.master != nullptr) w[k] = arena.master[i];
   }
+  const Run run = run_of(batch, 0, begin, end);
+  int parts[kEntries];
+  parts_of(batch, 0, run, start, parts);
+  T* entries[kEntries];
+#pragma unroll
+  for (int k = 0; k < kEntries; ++k) {
+    const int64_t i = start + k * kThreads;
+    entries[k] = nullptr;
+    if (i < run.begin || i >= run.end) continue;
+    const AdamWTarget& target = batch.targets[parts[k]];
+    const bool dense = target.compact < 0;
+    const uint64_t at = dense ? static_cast<uint64_t>(index[k])  // borders may be anything: no overflow
+                              : static_cast<uint64_t>(i) - static_cast<uint64_t>(border(batch, 0, parts[k]));
+    if (!is_inside(index[k], target.numel) ||
+        !is_inside(static_cast<int64_t>(at), dense ? target.numel : target.compact))
+      continue;
+    entries[k] = static_cast<T*>(target.weight) + index[k];
+    g[k] = static_cast<C>(cuda::widen(static_cast<const G*>(target.grad)[at]));
+    if (arena.master == nullptr) w[k] = static_cast<C>(cuda::widen(*entries[k]));
+  }
+  if (arena.step != nullptr) {
+    if (threadIdx.x == 0) shared = cuda::AdamW<C>::of(arena.numbers, static_cast<int64_t>(step));
+    __syncthreads();
+  }
+  const cuda::AdamW<C> adamw = arena.step != nullptr ? shared : arena.adamw;
 #pragma unroll
   for (int k = 0; k < kEntries; ++k) {
     if (entries[k] == nullptr) continue;

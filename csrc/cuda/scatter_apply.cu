@@ -6,21 +6,16 @@
 namespace shira {
 namespace {
 
-BatchCall lists_of(const ScatterCall& call) { return {call.op, call.parts, call.offsets, call.indices}; }
+BatchCall lists_of(const ScatterCall& call) { return {call.op, call.parts, call.offsets, call.indices, call.names}; }
 
 template <Mode kMode, class T, class V, class Index>
 void launch(const ScatterCall& call, cudaStream_t stream) {
-  const auto target = [](int, const WeightTarget& weight) { return weight; };
-  const auto over = [&](const auto& batch) {
-    scatter_apply_kernel<kMode><<<blocks_for(batch.end - batch.begin, kThreads * kEntries), kThreads, 0, stream>>>(
-        batch, static_cast<const Index*>(call.indices.data_ptr()), static_cast<const V*>(call.values.data_ptr()),
-        call.saved ? static_cast<T*>(call.saved->data_ptr()) : nullptr, call.alpha);
-    check_cuda(cudaGetLastError(), call.op);
-  };
-  if (call.offsets == nullptr)
-    for_each_batch<WeightTarget, 1>(lists_of(call), target, over);
-  else
-    for_each_batch<WeightTarget, kMaxParts<WeightTarget>>(lists_of(call), target, over);
+  over_batches<WeightTarget<1>>({lists_of(call)}, plain_target<1>, [&](const auto& batch) {
+    launch_blocks(call.op, scatter_apply_kernel<kMode, std::decay_t<decltype(batch)>::kParts, T, V, Index>,
+                  blocks_for(batch.lists[0].end - batch.lists[0].begin, kChunk), stream, batch,
+                  static_cast<const Index*>(call.indices.data_ptr()), static_cast<const V*>(call.values.data_ptr()),
+                  call.saved ? static_cast<T*>(call.saved->data_ptr()) : nullptr, call.alpha);
+  });
 }
 
 template <Mode kMode, class T, class V>
