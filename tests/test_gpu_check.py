@@ -442,6 +442,14 @@ def test_pytest_without_tests_is_a_dead_worker(gpu: Any) -> None:
     assert gpu.phases.pytest_ended(5, "no tests ran")[0] == "died"
 
 
+def test_a_smoke_case_that_takes_too_long_is_told_as_such(gpu: Any) -> None:
+    code = "import faulthandler, time; faulthandler.dump_traceback_later(0.2, exit=True); time.sleep(100)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert gpu.phases.smoked(done.returncode, done.stderr) == ("hung", "a case took longer: Timeout (0:00:00.200000)!")
+    assert gpu.phases.smoked(0, "")[0] == "ok"
+    assert gpu.phases.smoked(-11, "")[0] == "died"
+
+
 def test_smoke_sees_one_wrong_bit_and_a_sum_that_is_off(gpu: Any) -> None:
     smoke = gpu.smoke
     size = smoke.SIZES["tiny"]
@@ -472,7 +480,7 @@ def test_smoke_has_cases_for_every_kernel_and_they_pass_on_the_reference(gpu: An
     assert gpu.smoke.MAKERS.keys() == {op for op, backend in gpu.summary.kernels() if backend != "none"}
     for op, make in gpu.smoke.MAKERS.items():
         reference = gpu.smoke.backends.kernel(op, "reference")
-        cases = list(make(gpu.smoke.SIZES["tiny"], (torch.float32, torch.bfloat16)))
+        cases = list(make(gpu.smoke.SIZES["tiny"], gpu.smoke.SIZES["tiny"].dtypes))
         assert len({case.name for case in cases}) == len(cases) > 3, op
         for case in cases:
             assert gpu.smoke.run_case(case, reference, reference, "cpu") == ("ok", ""), (op, case.name)

@@ -49,9 +49,11 @@ def facts(device: str) -> dict[str, Any]:
         known |= {"capability": [properties.major, properties.minor], "cache_bytes": properties.L2_cache_size}
         known |= {"memory_bytes": total, "free_bytes": free}
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-        if shutil.which("nvidia-smi"):
+        try:
             answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
             known["nvidia_smi"] = answer.stdout.strip()
+        except (OSError, subprocess.TimeoutExpired) as error:
+            known["nvidia_smi"] = str(error)
     return known
 
 

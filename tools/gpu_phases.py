@@ -52,12 +52,12 @@ PROFILED = ("scatter_apply", "topk_indices", "masked_grad")
 def phases(setup: Setup) -> list[Phase]:
     """With a later deadline each may take longer, in proportion."""
     rehearse, cores, longer = setup.rehearse, setup.cores, max(1.0, setup.deadline / DEADLINE)
-    limits = (30, 110, 110, 90, 70, 30) if rehearse else (15, 60, 60, 150, 120, 90)
+    limits = (30, 110, 110, 90, 70, 30) if rehearse else (20, 60, 60, 150, 120, 90)
     limit = [longer * seconds for seconds in limits]
     return [
         Phase(0, "machine", limit[0], "build.log", machine, nothing_after=no_gpu),
         Phase(1, "build", limit[1], "build.log", build, cores if rehearse else 1),
-        Phase(2, "smoke", limit[2], "smoke.jsonl", smoke, min(8, cores)),
+        Phase(2, "smoke", limit[2], "smoke.jsonl", smoke, min(12, cores)),
         Phase(3, "figures", limit[3], "figures.jsonl", figures, cores if rehearse else 1),
         Phase(4, "tests", limit[4], "tests.jsonl", tests),
         Phase(5, "sanitizer", limit[5], "sanitizer.jsonl", sanitizer, min(6, cores)),
@@ -136,15 +136,22 @@ def smoke_command(setup: Setup, op: str, backend: str, path: Path, *more: str) -
     return [*command, *more]
 
 
+def smoked(code: int, output: str) -> tuple[str, str]:
+    """A case that took too long ends its process with a traceback, whose first line says so."""
+    ended, note = by_exit_code(code, output)
+    timeout = re.search(r"^Timeout \(.*\)!", output, re.MULTILINE)
+    return ("hung", f"a case took longer: {timeout[0]}") if ended == "died" and timeout else (ended, note)
+
+
 def smoke(setup: Setup) -> Iterator[Task]:
-    tiny, limit = (["--tiny"], float("inf")) if setup.rehearse else ([], 20.0)
+    """Each case has its own limit in the worker, so that many that compile do not look like one that hangs."""
     for op, backend in ops():
         yield Task(
             f"{op} {backend}",
-            smoke_command(setup, op, backend, setup.out / "smoke.jsonl", *tiny),
-            limit,
-            {"op": op, "backend": backend},
-            INTERPRETED if setup.rehearse else {},
+            smoke_command(setup, op, backend, setup.out / "smoke.jsonl", *["--tiny"] * setup.rehearse),
+            facts={"op": op, "backend": backend},
+            environment=INTERPRETED if setup.rehearse else {},
+            judge=smoked,
         )
 
 
@@ -186,7 +193,7 @@ def tests(setup: Setup) -> Iterator[Task]:
         command += [*files, "-k", "triton-interpreter and not opcheck and not compile"]
     else:
         command += ["-m", "gpu", *gpu_tests()]
-    environment = INTERPRETED if setup.rehearse else {}
+    environment = {"OMP_NUM_THREADS": str(max(1, setup.cores // 8)), **(INTERPRETED if setup.rehearse else {})}
     yield Task("pytest", command, environment=environment, judge=pytest_ended, may_take_longer=True, output_kept=4000)
 
 

@@ -37,7 +37,7 @@ class Recorder:
 
 
 def telling_line(text: str) -> str:
-    """The line that says what happened: the first with an error marker, else the first, but not xdist's of the worker."""
+    """The line that says what happened: the first with an error marker, else the first that is not xdist's."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("[gw")]
     marked = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
     return (marked or lines or [""])[0][:NOTE]

@@ -10,6 +10,7 @@ small cases, for tools that slow a kernel down a thousand times.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from shira_kernels import backends
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 I32, I64, U16 = torch.int32, torch.int64, torch.uint16
+SECONDS_OF_A_CASE = 20.0  # on a GPU, its kernels' compilation included
 NUMBERS = (1e-2, 0.9, 0.999, 1e-8, 0.1)  # lr, beta1, beta2, eps, weight_decay
 
 
@@ -37,19 +39,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Size:
-    """Of a case: a weight [rows, columns], a share of its entries, and tokens."""
+    """Of a case: a weight [rows, columns], a share of its entries, and tokens; and the dtypes it is run with."""
 
-    name: str
     rows: int
     columns: int
     density: float
     tokens: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
 
 
+# Each pair of sizes and dtypes is compiled anew: not all of them everywhere.
 SIZES = {
-    "tiny": Size("tiny", 20, 50, 0.3, (3, 20)),
-    "small": Size("small", 37, 61, 0.3, (1, 3, 40)),
-    "medium": Size("medium", 1000, 1032, 0.02, (1, 8, 300)),
+    "tiny": Size(20, 50, 0.3, (3, 20), (F32, BF16)),
+    "small": Size(37, 61, 0.3, (1, 40), (F32, BF16, F16, F64)),
+    "medium": Size(1000, 1032, 0.02, (8, 300), (F32, BF16)),
 }
 
 
@@ -327,9 +330,11 @@ def main() -> int:
         gpu_records.append(options.record, **facts, result="missing", note=reason)
         return 0
     op, reference = backends.kernel(options.op, run_on), backends.kernel(options.op, "reference")
-    dtypes = (F32, BF16) if options.tiny else (F32, BF16, F16, F64)
     for name in ["tiny"] if options.tiny else options.sizes.split(","):
-        for case in MAKERS[options.op](SIZES[name], dtypes):
+        for case in MAKERS[options.op](SIZES[name], SIZES[name].dtypes):
+            if options.device == "cuda":
+                # Ends the process, also one that waits for a GPU which does not answer.
+                faulthandler.dump_traceback_later(SECONDS_OF_A_CASE, exit=True)
             result, note = run_case(case, op, reference, options.device)
             gpu_records.append(options.record, **facts, case=f"{name} {case.name}", result=result, note=note)
             if result == "died":  # the context of the GPU may be lost
