@@ -284,6 +284,17 @@ def test_what_is_removed_while_a_batch_is_captured(monkeypatch: pytest.MonkeyPat
     enter(bank.batch(["next", None]))
 
 
+def test_what_is_removed_inside_a_batch_goes_at_its_end() -> None:
+    model = Small()
+    bank = shira.ResidentAdapters(model)
+    bank.add("one", make(model, 2, NAMES[:1]))
+    bank.add("other", make(model, 1, NAMES[1:]))
+    with bank.batch([None, "one"]):
+        bank.remove("other")
+        assert len(bank._pages.tables) == 2
+    assert set(bank._pages.tables) == {model.first.weight} == set(bank._homes)
+
+
 def test_an_adapter_of_a_further_weight_is_no_matter_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Small(), inputs(3, 12)
     bank = shira.ResidentAdapters(model)
@@ -292,7 +303,7 @@ def test_an_adapter_of_a_further_weight_is_no_matter_to_the_others(monkeypatch: 
         model(x)
         graph = Graph(model, x, monkeypatch)
     bank.add("other", make(model, 1, NAMES[1:]))
-    with bank.batch([None, "one", "one"]):
+    with bank.batch([None, "one", {"one": 0.5}]):
         graph.check()
     with pytest.raises(RuntimeError, match="forget_graphs"):
         enter(bank.batch(["other", None]))

@@ -19,6 +19,7 @@ each_gpu_backend = pytest.mark.parametrize(
     ],
 )
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 
 
 def model(
@@ -128,6 +129,88 @@ def test_addresses_beyond_2_to_31(backend: Backend) -> None:
         torch.ops.shira.scatter_apply(weight, indices, torch.arange(1, 5, dtype=torch.uint8, device="cuda"))
     assert weight[indices].tolist() == [1, 2, 3, 4]
     assert int(weight.sum(dtype=torch.int64)) == 10
+
+
+BEYOND = [0, 2**31 - 1, 2**31, 2**31 + 70_001]
+
+
+@pytest.mark.slow_gpu
+@each_gpu_backend
+def test_addresses_beyond_2_to_31_of_a_model(backend: Backend) -> None:
+    """A weight of 2 GiB beside a small one; of adamw 4 GiB."""
+    device = torch.device(DEVICE)
+    small, huge = (
+        torch.zeros(6, dtype=torch.uint8, device=device),
+        torch.zeros(2**31 + 70_002, dtype=torch.uint8, device=device),
+    )
+    offsets, indices = torch.tensor([0, 2, 6]), torch.tensor([1, 5, *BEYOND], device=device)
+    values, saved = (
+        torch.arange(1, 7, dtype=torch.uint8, device=device),
+        torch.zeros(6, dtype=torch.uint8, device=device),
+    )
+    with backend.running():
+        torch.ops.shira.scatter_apply_batched([small, huge], offsets, indices, values, 1.0, False, saved)
+    assert small.tolist() == [0, 1, 0, 0, 0, 2]
+    assert huge[indices[2:]].tolist() == [3, 4, 5, 6]
+    assert int(huge.sum(dtype=torch.int64)) == 18
+    assert not saved.any()
+    if not backend.missing("scatter_switch_batched"):
+        new = torch.tensor([0, 5, 7, 2**31, 2**31 + 70_001], device=device)
+        more, kept = (
+            torch.arange(11, 16, dtype=torch.uint8, device=device),
+            torch.zeros(5, dtype=torch.uint8, device=device),
+        )
+        with backend.running():
+            torch.ops.shira.scatter_switch_batched(
+                [small, huge], offsets, indices, saved, torch.tensor([0, 2, 5]), new, more, kept
+            )
+        assert small.tolist() == [11, 0, 0, 0, 0, 12]
+        assert huge[new[2:]].tolist() == [13, 14, 15]
+        assert int(huge.sum(dtype=torch.int64)) == 42
+        assert not kept.any()
+    del huge
+    weight = torch.ones(2**31 + 70_002, dtype=torch.bfloat16, device=device)
+    grads, states = [torch.ones(4, device=device)], [torch.zeros(4, device=device) for _ in range(3)]
+    states[2].fill_(1)
+    with backend.running():
+        torch.ops.shira.masked_adamw(
+            [weight], torch.tensor([0, 4]), torch.tensor(BEYOND, device=device), grads, *states,
+            torch.tensor(1.0), 0.5, 0.9, 0.999, 1e-8, 0.0,
+        )  # fmt: skip
+    assert weight[torch.tensor(BEYOND, device=device)].tolist() == [0.5] * 4
+    assert [int((part != 1).sum()) for part in weight.split(2**30)] == [1, 1, 2]
+
+
+@each_gpu_backend
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.uint8, torch.int8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int16, torch.float16, torch.bfloat16, torch.int32, torch.float32),
+        *(torch.int64, torch.float64, torch.complex64),
+    ],
+    ids=str,
+)
+def test_a_model_of_any_element_type_is_replaced_to_the_bit(backend: Backend, dtype: torch.dtype) -> None:
+    generator, size = torch.Generator().manual_seed(0), dtype.itemsize
+
+    def random(count: int) -> torch.Tensor:
+        high = 2 if dtype == torch.bool else 256  # every bit pattern, so NaNs of every payload too
+        return torch.randint(0, high, (count * size,), dtype=torch.uint8, generator=generator).view(dtype).to(DEVICE)
+
+    weights = [random(count) for count in (1000, 7, 3)]
+    before = [bits(weight).view(-1, size) for weight in weights]
+    lists = [sorted_indices(1000, 300, torch.int32), torch.tensor([2, 6]), torch.tensor([], dtype=torch.int32)]
+    indices, offsets = torch.cat([each.int() for each in lists]).to(DEVICE), torch.tensor([0, 300, 302, 302])
+    values, saved = random(302), torch.zeros(302 * size, dtype=torch.uint8, device=DEVICE).view(dtype)
+    with backend.running():
+        torch.ops.shira.scatter_apply_batched(weights, offsets, indices, values, 1.0, False, saved)
+    for weight, old, which, begin in zip(weights, before, lists, (0, 300, 302), strict=True):
+        part = slice(begin, begin + which.numel())
+        want = old.clone()
+        want[which.long()] = bits(values).view(-1, size)[part]
+        assert torch.equal(bits(weight).view(-1, size), want)
+        assert torch.equal(bits(saved).view(-1, size)[part], old[which.long()])
 
 
 @each_gpu_backend
