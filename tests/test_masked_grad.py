@@ -18,7 +18,6 @@ import shira_kernels
 from shira_kernels import backends
 
 
-
 @dataclass(frozen=True)
 class Way(Backend):
     """Triton, made to go one of its two ways: by tiles, or by panels, which are small here."""
@@ -31,12 +30,12 @@ class Way(Backend):
 
     @contextlib.contextmanager
     def running(self, times: int = 1) -> Iterator[None]:
-        from shira_kernels.triton import masked_grad
+        from shira_kernels.triton import _library_product, masked_grad
 
-        small = {"PANEL_BYTES": 1, "ALIGNED_ROWS": 16, "ENTRIES": 32}
         other = "by_tiles" if self.way == "by_panels" else "by_panels"
         with (
-            mock.patch.multiple(masked_grad, uses_panels=lambda *_: self.way == "by_panels", **small),
+            mock.patch.multiple(_library_product, PANEL_BYTES=1, PANEL_ROWS=16),
+            mock.patch.multiple(masked_grad, uses_panels=lambda *_: self.way == "by_panels", ENTRIES=32),
             mock.patch.object(masked_grad, self.way, wraps=getattr(masked_grad, self.way)) as taken,
             mock.patch.object(masked_grad, other, side_effect=AssertionError(f"it went {other}")),
             super().running(times),
@@ -237,9 +236,9 @@ def test_triton_goes_the_way_that_is_chosen() -> None:
     g, x = torch.randn(2**10, 64, dtype=torch.float64), torch.randn(2**10, 4096, dtype=torch.float64)
     arguments = g, x, *csr(mask, torch.int32, torch.uint16)
     expected = torch.ops.shira.masked_grad(*arguments)
-    for way, settings in (("by_panels", True), ("by_tiles", False)):
+    for way, exact in (("by_panels", True), ("by_tiles", False)):
         with (
-            mock.patch.object(masked_grad, "is_exact", return_value=settings),
+            mock.patch.object(masked_grad, "is_exact", return_value=exact),
             mock.patch.object(masked_grad, way, wraps=getattr(masked_grad, way)) as taken,
             Backend("triton").running(),
         ):
@@ -271,7 +270,9 @@ def test_settings_that_would_round_have_another_kernel_run() -> None:
 @pytest.mark.parametrize(
     "device",
     [
-        pytest.param("cpu", marks=pytest.mark.skipif(bool(Backend("triton").missing("masked_grad")), reason="no Triton")),
+        pytest.param(
+            "cpu", marks=pytest.mark.skipif(bool(Backend("triton").missing("masked_grad")), reason="no Triton")
+        ),
         pytest.param(
             "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
         ),
@@ -280,7 +281,7 @@ def test_settings_that_would_round_have_another_kernel_run() -> None:
 @pytest.mark.parametrize("way", ["by_tiles", "by_panels"])
 def test_triton_touches_nothing_outside_whatever_the_entries(way: str, device: str) -> None:
     """Triton kernels check no contents on a GPU. Around operands lies NaN, which would show if it were read."""
-    from shira_kernels.triton import masked_grad
+    from shira_kernels.triton import _library_product, masked_grad
 
     def guarded(tensor: torch.Tensor, poison: float) -> torch.Tensor:
         around = torch.full((tensor.numel() + 20000,), poison, dtype=tensor.dtype, device=device)
@@ -298,7 +299,8 @@ def test_triton_touches_nothing_outside_whatever_the_entries(way: str, device: s
     for row_ptr in (wild(6), torch.arange(6, device=device, dtype=torch.int32) * 10):
         g, x = guarded(torch.ones(4, 5), float("nan")), guarded(torch.ones(4, 9), float("nan"))
         col, sums = guarded(wild(48), 3), guarded(torch.zeros(48), 7.0)
-        with mock.patch.multiple(masked_grad, PANEL_BYTES=1, ALIGNED_ROWS=2, ENTRIES=16):
+        small = mock.patch.multiple(_library_product, PANEL_BYTES=1, PANEL_ROWS=2)
+        with small, mock.patch.multiple(masked_grad, ENTRIES=16):
             getattr(masked_grad, way)(g, x, row_ptr, col, sums)
         assert sums.isfinite().all()
         assert sums.new_empty(0).set_(sums.untyped_storage()).eq(7).sum() >= 20000

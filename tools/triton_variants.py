@@ -47,11 +47,6 @@ def sparse_delta_variants() -> Iterator[Variant]:
     forms = [(False, 0, True, small), (True, 0, True, large), (True, 4096, True, small), (True, 4096, False, large)]
     decode = {"ROWS": _sparse_delta.DECODE_ROWS, "ENTRIES": _sparse_delta.DECODE_ENTRIES}
     prefill = {name: getattr(_sparse_delta, name) for name in ("ROWS", "TOKENS", "UNROLLED")}
-    for kind, mixed in itertools.product(("fp64", "fp32", "i16", "fp16"), (False, True)):
-        constants = {"BATCHED": mixed, "SQUARE": _sparse_delta.SQUARE}
-        signature = {"x": f"*{kind}", "order": "*i64", "x_t": f"*{kind}"}
-        signature |= {**dict.fromkeys(("tokens", "columns", "stride"), "i32"), **dict.fromkeys(constants, "constexpr")}
-        yield _sparse_delta.transpose_kernel, signature, constants
     for (kind, value), (mixed, page, add, (row_ptr, col)) in itertools.product(pairs, forms):
         form = {"BATCHED": mixed, "PAGE": page, "ADD": add}
         stored = {"row_ptr": f"*{row_ptr}", "col": f"*{col}", "values": f"*{value}", "page_table": "*i32"}
@@ -91,17 +86,6 @@ def masked_grad_variants() -> Iterator[Variant]:
             **dict.fromkeys(constants, "constexpr"),
         }
         yield masked_grad.masked_grad_kernel, signature, constants
-    for kind, row_ptr, col in itertools.product(("fp64", "fp32"), ("i32", "i64"), ("u16", "i32")):
-        constants = {"ENTRIES": masked_grad.ENTRIES}
-        signature = {
-            "panel": f"*{kind}",
-            "row_ptr": f"*{row_ptr}",
-            "col": f"*{col}",
-            "sums": f"*{kind}",
-            **dict.fromkeys(("first_row", "columns", "nnz"), "i32"),
-            **dict.fromkeys(constants, "constexpr"),
-        }
-        yield masked_grad.gather_kernel, signature, constants
 
 
 # What topk_indices reads its scores as: bits, and above which magnitude they are a NaN.

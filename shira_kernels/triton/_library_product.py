@@ -12,7 +12,13 @@ import os
 
 import torch
 
-_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # of CUBLAS_WORKSPACE_CONFIG, without which torch may refuse to multiply
+# What stays in the L2 cache: one wave of the library's tiles, 128 x 256 of float32 on each of the 132 multiprocessors
+# of an H100, whose cache is three times as large.
+PANEL_BYTES = 132 * 128 * 256 * 4
+PANEL_ROWS = 128  # a panel's rows are a multiple of it, as the library's tiles are
+
+# Of CUBLAS_WORKSPACE_CONFIG. Without them torch may refuse to multiply where deterministic algorithms are demanded.
+_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 
 
 def is_exact(x: torch.Tensor) -> bool:
@@ -32,6 +38,11 @@ def is_exact(x: torch.Tensor) -> bool:
     if x.dtype == torch.float32:
         return settings.fp32_precision in ("none", "ieee")  # not TF32
     return x.dtype != torch.float16 or not settings.allow_fp16_accumulation
+
+
+def panel_rows(rows: int, row_bytes: int) -> int:
+    """How many of `rows` are multiplied at once, where each gives so many bytes of sums."""
+    return min(rows, max(PANEL_ROWS, PANEL_BYTES // row_bytes // PANEL_ROWS * PANEL_ROWS))
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:

@@ -10,9 +10,13 @@ written. Adapters, pages and columns that are not there are left out, and ends o
 operands is read or written, whatever they hold.
 
 decode_kernel: a program owns ROWS rows of one token, gathers x at ENTRIES entries of each row at a time, and sums them.
+One token of bfloat16 and 1 % of 4096 x 4096 on an H100: 0.7 MB of entries take 0.2 us, the floor; about 4 us are
+expected with the launch, for borders, columns, and x are loads that wait for each other.
 prefill_kernel: a program owns ROWS rows of TOKENS tokens. transpose_kernel copies x first, so that what an entry
 multiplies is one contiguous vector. Tokens are sorted by adapter, on the device and with fixed shapes, so that the call
 can be captured in a graph; a block of tokens goes through its adapters in turn.
+2048 tokens of the same: each entry's vector of x comes from the L2 cache, 690 MB in all, 125 us at 5.5 TB/s, which is
+this kernel's floor; with the copy about 165 us are expected. All of these are estimates.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import triton.language as tl
 from shira_kernels.triton._math import as_kernel_type, narrow, widen
 
 FEW_TOKENS = 16  # up to here the decode kernel runs
-DECODE_ROWS, DECODE_ENTRIES = 32, 16
+DECODE_ROWS, DECODE_ENTRIES = 16, 64  # most rows of a mask of 1 % are done in one step, whose loads are all in flight
 ROWS = 8  # of a tile: what is written for one token is a vector of 16 bytes of bfloat16
 TOKENS, WIDE_TOKENS = 64, 256  # of a tile of 4 warps, and of 8, whose threads each have a vector of 8 tokens
 MANY_TOKENS = 512  # of one adapter: from here tiles are wide
@@ -94,13 +98,18 @@ def decode_kernel(
     compute: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     own = a + tl.zeros([ROWS], tl.int64)  # the interpreter makes no mask of a scalar and a block
     inside = (r < rows) & (own >= 0) & (own < adapters)
+    if ADD:
+        old = widen(tl.load(out + t * rows + r, mask=inside, other=0))  # arrives while the sums are made
     begin, end, most = rows_of(row_ptr, a, r, inside, rows, columns, room)
     sums = tl.zeros([ROWS], compute)
     for start in range(0, most, ENTRIES):
         e = begin[:, None] + start + tl.arange(0, ENTRIES)[None, :]  # [ROWS, ENTRIES]
         c, v, listed = entries_at(col, values, page_table, a, e, e < end[:, None], columns, pages, pages_of_one, PAGE)
         sums += tl.sum(widen(tl.load(x + t * columns + c, mask=listed, other=0)) * v, axis=1)
-    write(out + t * rows + r, sums, (r < rows) & (end > begin) if ADD else r < rows, ADD)
+    if ADD:
+        write(out + t * rows + r, old + sums, (r < rows) & (end > begin), False)
+    else:
+        write(out + t * rows + r, sums, r < rows, False)
 
 
 @triton.jit
@@ -143,16 +152,15 @@ def tile_of(
 
 
 @triton.jit
-def transpose_kernel(
-    x, order, x_t, tokens, columns, stride, BATCHED: tl.constexpr, SQUARE: tl.constexpr
-):
+def transpose_kernel(x, order, x_t, tokens, columns, stride, BATCHED: tl.constexpr, SQUARE: tl.constexpr):
     """x_t [columns, stride] of the tokens in their order, and of zeros behind them."""
     c = tl.program_id(0).to(tl.int64) * SQUARE + tl.arange(0, SQUARE)  # [SQUARE]
     i = tl.program_id(1).to(tl.int64) * SQUARE + tl.arange(0, SQUARE)  # [SQUARE]
     t = tl.load(order + i, mask=i < tokens, other=0) if BATCHED else i
     there = (i < tokens)[:, None] & (c < columns)[None, :]
     square = tl.load(x + t[:, None] * columns + c[None, :], mask=there, other=0)
-    tl.store(x_t + c[:, None] * stride + i[None, :], tl.trans(square), mask=(c < columns)[:, None] & (i < stride)[None, :])
+    inside = (c < columns)[:, None] & (i < stride)[None, :]
+    tl.store(x_t + c[:, None] * stride + i[None, :], tl.trans(square), mask=inside)
 
 
 @triton.jit

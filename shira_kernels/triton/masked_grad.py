@@ -1,15 +1,16 @@
-"""masked_grad in Triton: a dense product by the library in panels, or tiles of it, of which the listed entries are kept.
+"""masked_grad in Triton: the dense gradient in panels by the library, or in tiles, of which the entries are kept.
 
 result[e] = sum over tokens t of grad_output[t, row(e)] * x[t, col[e]]
 
 Shapes: grad_output [tokens, out], x [tokens, in], row_ptr [out + 1], col and result [nnz]. Sums are in float32 without
-TF32 (float64 for float64), each by one thread of one program: no atomics, no race, deterministic. Ends of rows are
-clamped, and columns outside left out: nothing outside the operands is read or written, whatever they hold.
+TF32 (float64 for float64). One program writes an entry: no atomics, no race, deterministic. Ends of rows and columns
+are clamped or left out: nothing outside the operands is read or written, whatever they hold.
 
-By panels, wherever `uses_panels`: torch multiplies rows of grad_output's transpose by x into a panel of the dense
+By panels, wherever `uses_panels` and the library's sums are exact enough: torch multiplies rows of grad_output's transpose by x into a panel of the dense
 gradient that stays in the L2 cache, and gather_kernel picks its entries there: a program owns one row's, up to ENTRIES.
 4096 tokens of bfloat16, 4096 x 4096, on an H100: the product takes 172 us at 800 TFLOP/s, which is the floor; beside it
 each of 4 panels costs about 10 us of launches, half-empty waves and the gather: about 230 us, limited by tensor cores.
+float32, on CUDA cores at 50 TFLOP/s: 2.7 ms, which is its floor. Shapes alone fix the launches, so a call can be captured in a graph.
 
 By tiles: a program owns a tile of ROWS x COLUMNS of the gradient: it finds each row's entries in the tile by binary
 search, forms the tile as a matrix product over all tokens, and stores its entries alone, picked by column. It needs no
@@ -25,19 +26,13 @@ import torch
 import triton
 import triton.language as tl
 
-from shira_kernels.triton._library_product import is_exact, multiply
+from shira_kernels.triton._library_product import is_exact, multiply, panel_rows
 from shira_kernels.triton._math import as_kernel_type, interprets, widen
 
-# Of the panels: one wave of the library's tiles, 128 x 256 of float32 on each of the 132 multiprocessors of an H100; a
-# third of its L2 cache.
-PANEL_BYTES = 132 * 128 * 256 * 4
-ALIGNED_ROWS = 128  # a panel's rows are a multiple of it
 ENTRIES = 1024  # of a row, by one program: more than rows of most masks have
-
-# Of the tiles.
-ROWS, COLUMNS = 64, 64
+ROWS, COLUMNS = 64, 64  # of a tile
 TOKENS = {2: 32, 4: 16, 8: 16}  # of one step, by the size of an element: more spills registers on sm_80
-PICKED = 16  # entries of each row that are stored at a time
+PICKED = 4  # entries of each row that are stored at a time
 
 
 @triton.jit
@@ -156,8 +151,8 @@ def by_panels(
 ) -> None:
     """Fills sums [nnz]; grad_output [tokens, out] and x [tokens, in] are contiguous."""
     rows, columns = grad_output.shape[1], x.shape[1]
-    most = max(ALIGNED_ROWS, PANEL_BYTES // (columns * sums.element_size()) // ALIGNED_ROWS * ALIGNED_ROWS)
-    panel = sums.new_empty(min(most, rows), columns)
+    most = panel_rows(rows, columns * sums.element_size())
+    panel = sums.new_empty(most, columns)
     for first in range(0, rows, most):
         some = grad_output[:, first : first + most].t()
         multiply(some, x, out=panel[: len(some)])
