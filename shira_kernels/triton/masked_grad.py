@@ -6,11 +6,12 @@ Shapes: grad_output [tokens, out], x [tokens, in], row_ptr [out + 1], col and re
 TF32 (float64 for float64). One program writes an entry: no atomics, no race, deterministic. Ends of rows and columns
 are clamped or left out: nothing outside the operands is read or written, whatever they hold.
 
-By panels, wherever `uses_panels` and the library's sums are exact enough: torch multiplies rows of grad_output's transpose by x into a panel of the dense
-gradient that stays in the L2 cache, and gather_kernel picks its entries there: a program owns one row's, up to ENTRIES.
-4096 tokens of bfloat16, 4096 x 4096, on an H100: the product takes 172 us at 800 TFLOP/s, which is the floor; beside it
-each of 4 panels costs about 10 us of launches, half-empty waves and the gather: about 230 us, limited by tensor cores.
-float32, on CUDA cores at 50 TFLOP/s: 2.7 ms, which is its floor. Shapes alone fix the launches, so a call can be captured in a graph.
+By panels, wherever `uses_panels` and the library's sums are exact enough: torch multiplies rows of grad_output's
+transpose by x into a panel of the dense gradient that stays in the L2 cache, and gather_kernel picks its entries there:
+a program owns one row's, up to ENTRIES. 4096 tokens of bfloat16, 4096 x 4096, on an H100: the product takes 172 us at
+800 TFLOP/s, which is the floor; beside it each of 4 panels costs about 10 us of launches, half-empty waves and the
+gather: about 230 us, limited by tensor cores. float32, on CUDA cores at 50 TFLOP/s: 2.7 ms, which is its floor.
+Shapes alone fix the launches, so a call can be captured in a graph.
 
 By tiles: a program owns a tile of ROWS x COLUMNS of the gradient: it finds each row's entries in the tile by binary
 search, forms the tile as a matrix product over all tokens, and stores its entries alone, picked by column. It needs no
