@@ -9,9 +9,12 @@ from backend_matrix import Backend, each_backend_of
 from sparse_delta import BATCHED_RESULT, INDICES, PAIRS, add_out, batched_arguments, mixed_masks, run_batched
 from test_sparse_delta_mm_batched import PAGES, SHAPES, TOKENS
 from test_sparse_delta_mm_batched import changing as changing_without_out
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shira_kernels
 from shira_kernels import backends
+from shira_kernels.ops.sparse_delta_mm_batched import check_adapter_contents
+from shira_kernels.reference import add_sparse_delta_mm_batched as reference
 
 each_backend = each_backend_of("add_sparse_delta_mm_batched")
 each_backend_but_the_interpreter = pytest.mark.parametrize(
@@ -115,6 +118,25 @@ def test_the_default_is_the_fast_path() -> None:
     before = backends.calls()
     shira_kernels.add_sparse_delta_mm_batched(**add_out(batched_arguments()))
     assert backends.calls() - before == {backends.active("add_sparse_delta_mm_batched", "cpu"): 1} == {fastest: 1}
+
+
+class NoIndexingOfUint16(TorchDispatchMode):
+    """As a device whose torch has no kernel for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indexing = func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)
+        assert not (indexing and args[0].dtype == torch.uint16)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_reference_indexes_no_uint16() -> None:
+    arguments = add_out(batched_arguments())
+    narrow = {**arguments, "col": arguments["col"].to(torch.uint16)}
+    contents = [narrow[name] for name in ("token_adapter", "row_ptr", "col", "page_table")]
+    with NoIndexingOfUint16():
+        reference.add_sparse_delta_mm_batched(**narrow)
+        check_adapter_contents("op", 4, *contents)
+    assert narrow["out"].tolist() == (torch.tensor(BATCHED_RESULT) + 1).tolist()
 
 
 @pytest.mark.skipif(bool(Backend("triton").missing("add_sparse_delta_mm_batched")), reason="Triton in its interpreter")

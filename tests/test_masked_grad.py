@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +17,47 @@ from sparse_delta import csr, random_mask
 import shira_kernels
 from shira_kernels import backends
 
-each_backend = each_backend_of("masked_grad")
+
+@dataclass(frozen=True)
+class Way(Backend):
+    """Triton, made to go one of its two ways: by tiles, or by panels, which are small here."""
+
+    way: str = ""
+
+    @property
+    def kernel(self) -> str:
+        return self.name
+
+    @contextlib.contextmanager
+    def running(self, times: int = 1) -> Iterator[None]:
+        from shira_kernels.triton import _library_product, masked_grad
+
+        other = "by_tiles" if self.way == "by_panels" else "by_panels"
+        with (
+            mock.patch.multiple(_library_product, PANEL_BYTES=1, PANEL_ROWS=16),
+            mock.patch.multiple(masked_grad, uses_panels=lambda *_: self.way == "by_panels", ENTRIES=32),
+            mock.patch.object(masked_grad, self.way, wraps=getattr(masked_grad, self.way)) as taken,
+            mock.patch.object(masked_grad, other, side_effect=AssertionError(f"it went {other}")),
+            super().running(times),
+        ):
+            yield
+        assert taken.call_count <= times  # 0 where there is nothing to sum
+
+
+def ways_of(parameter: Any) -> list[Any]:
+    """Of a backend: itself, or where it is Triton both of its ways."""
+    backend = parameter.values[0]
+    if backend.name != "triton":
+        return [parameter]
+    return [
+        pytest.param(Way("triton", backend.device, way=way), marks=parameter.marks, id=f"{parameter.id}-{way}")
+        for way in ("by_tiles", "by_panels")
+    ]
+
+
+each_backend = pytest.mark.parametrize(
+    "backend", [way for parameter in each_backend_of("masked_grad").args[1] for way in ways_of(parameter)]
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Units in the last place of the sum of the products' magnitudes. float32 sums of products, in any order.
 ULP = 4.0
@@ -169,6 +213,98 @@ def test_same_bits_at_any_number_of_threads() -> None:
         finally:
             torch.set_num_threads(threads)
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_the_way_is_chosen_by_what_it_costs() -> None:
+    pytest.importorskip("triton")
+    from shira_kernels.triton.masked_grad import uses_panels
+
+    assert uses_panels(4096, 4096, 4096, 2**24 // 50)
+    assert uses_panels(4096, 4096, 11008, 4096 * 11008 // 100)
+    assert uses_panels(16, 4096, 4096, 2**24 // 50)
+    assert not uses_panels(15, 4096, 4096, 2**24 // 50), "launches cost more than so few products"
+    assert not uses_panels(4096, 4096, 4096, 500), "tiles that hold entries are an eighth of all"
+    assert not uses_panels(2**31, 4096, 4096, 2**24 // 50), "the library counts in 32 bits"
+
+
+@pytest.mark.skipif(bool(Backend("triton").missing("masked_grad")), reason="Triton in its interpreter")
+def test_triton_goes_the_way_that_is_chosen() -> None:
+    """Large enough for panels."""
+    from shira_kernels.triton import masked_grad
+
+    mask = random_mask(64, 4096, 0.02)
+    g, x = torch.randn(2**10, 64, dtype=torch.float64), torch.randn(2**10, 4096, dtype=torch.float64)
+    arguments = g, x, *csr(mask, torch.int32, torch.uint16)
+    expected = torch.ops.shira.masked_grad(*arguments)
+    for way, exact in (("by_panels", True), ("by_tiles", False)):
+        with (
+            mock.patch.object(masked_grad, "is_exact", return_value=exact),
+            mock.patch.object(masked_grad, way, wraps=getattr(masked_grad, way)) as taken,
+            Backend("triton").running(),
+        ):
+            torch.testing.assert_close(torch.ops.shira.masked_grad(*arguments), expected)
+        assert taken.call_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_settings_that_would_round_have_another_kernel_run() -> None:
+    from shira_kernels.triton._library_product import is_exact
+
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision, settings.allow_fp16_accumulation
+    wide, half = torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda", dtype=torch.float16)
+    try:
+        settings.fp32_precision, settings.allow_fp16_accumulation = "ieee", False
+        assert is_exact(wide)
+        assert is_exact(half)
+        settings.fp32_precision, settings.allow_fp16_accumulation = "tf32", True
+        assert not is_exact(wide)
+        assert not is_exact(half)
+        assert is_exact(half.double())
+        assert is_exact(half.bfloat16())
+    finally:
+        settings.fp32_precision, settings.allow_fp16_accumulation = before
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cpu", marks=pytest.mark.skipif(bool(Backend("triton").missing("masked_grad")), reason="no Triton")
+        ),
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+        ),
+    ],
+)
+@pytest.mark.parametrize("way", ["by_tiles", "by_panels"])
+def test_triton_touches_nothing_outside_whatever_the_entries(way: str, device: str) -> None:
+    """Triton kernels check no contents on a GPU. Around operands lies NaN, which would show if it were read."""
+    from shira_kernels.triton import _library_product, masked_grad
+
+    def guarded(tensor: torch.Tensor, poison: float) -> torch.Tensor:
+        around = torch.full((tensor.numel() + 20000,), poison, dtype=tensor.dtype, device=device)
+        around[10000:-10000] = tensor.flatten().to(device)
+        return around[10000:-10000].view(tensor.shape)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def wild(*shape: int) -> torch.Tensor:
+        """Half of them far outside, half near 0."""
+        far = torch.randint(-(2**31), 2**31, shape, generator=generator)
+        near = torch.randint(-20, 60, shape, generator=generator)
+        return torch.where(torch.rand(shape, generator=generator) < 0.5, far, near).to(device, torch.int32)
+
+    for row_ptr in (wild(6), torch.arange(6, device=device, dtype=torch.int32) * 10):
+        g, x = guarded(torch.ones(4, 5), float("nan")), guarded(torch.ones(4, 9), float("nan"))
+        col, sums = guarded(wild(48), 3), guarded(torch.zeros(48), 7.0)
+        small = mock.patch.multiple(_library_product, PANEL_BYTES=1, PANEL_ROWS=2)
+        with small, mock.patch.multiple(masked_grad, ENTRIES=16):
+            getattr(masked_grad, way)(g, x, row_ptr, col, sums)
+        assert sums.isfinite().all()
+        assert sums.new_empty(0).set_(sums.untyped_storage()).eq(7).sum() >= 20000
+    assert sums.eq(4).any(), "entries that are there are summed"
 
 
 def good_arguments(device: str = "cpu") -> dict[str, Any]:

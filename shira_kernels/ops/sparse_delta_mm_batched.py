@@ -112,7 +112,9 @@ def entries_of(
     pages = page_table[adapter, begin:end].long()
     if pages.numel() and (int(pages.min()) < 0 or int(pages.max()) >= arena.shape[0]):
         _checks.fail(op, "page_table", f"of adapter {adapter} must lie in [0, {arena.shape[0]}) where it has entries")
-    return arena[pages].view(-1)[first - begin * size : last - begin * size]
+    # torch does not index uint16 on every device.
+    whole = arena.view(torch.int16)[pages].view(torch.uint16) if arena.dtype == torch.uint16 else arena[pages]
+    return whole.view(-1)[first - begin * size : last - begin * size]
 
 
 def fake(

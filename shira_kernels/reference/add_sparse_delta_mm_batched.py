@@ -19,6 +19,8 @@ def add_sparse_delta_mm_batched(
     tokens_of_all = x.shape[:-1].numel()
     outputs = out.view(tokens_of_all, out.shape[-1])
     inputs = x.contiguous().view(tokens_of_all, x.shape[-1])  # a copy where out may share memory with x
+    if page_table is not None:
+        col = col.to(torch.int32)  # torch does not index uint16 on every device
     for adapter in token_adapter.unique().tolist():
         if adapter < 0:
             continue

@@ -1,4 +1,4 @@
-"""add_sparse_delta_mm in Triton; the kernels and their contract are in _sparse_delta.py.
+"""add_sparse_delta_mm in Triton; the kernels and their contracts are in _sparse_delta.py and _densified_delta.py.
 
 out[t, r] += sum over entries e of row r of x[t, col[e]] * values[e]
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from shira_kernels.triton._sparse_delta import product
+from shira_kernels.triton._densified_delta import single_product
 
 
 def add_sparse_delta_mm(
@@ -17,4 +17,4 @@ def add_sparse_delta_mm(
     col: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    product(out, x, row_ptr, col, values, add=True)
+    single_product(out, x, row_ptr, col, values, add=True)

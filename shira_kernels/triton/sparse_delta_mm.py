@@ -1,4 +1,4 @@
-"""sparse_delta_mm in Triton; the kernels and their contract are in _sparse_delta.py.
+"""sparse_delta_mm in Triton; the kernels and their contracts are in _sparse_delta.py and _densified_delta.py.
 
 result[t, r] = sum over entries e of row r of x[t, col[e]] * values[e]
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from shira_kernels.triton._sparse_delta import product
+from shira_kernels.triton._densified_delta import single_product
 
 
 def sparse_delta_mm(
@@ -18,5 +18,5 @@ def sparse_delta_mm(
     out_features: int,
 ) -> torch.Tensor:
     out = x.new_empty((*x.shape[:-1], out_features))
-    product(out, x, row_ptr, col, values, add=False)
+    single_product(out, x, row_ptr, col, values, add=False)
     return out
