@@ -65,6 +65,23 @@ def test_random_changes(backend: Backend, dtype: torch.dtype) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_few_and_many_changes_side_by_side(backend: Backend, dtype: torch.dtype) -> None:
+    """The Triton kernel writes many changes in another way than few."""
+    base = random_bits(50_003, dtype)
+    generator = torch.Generator().manual_seed(4)
+    share = torch.full((50_003,), 0.01)
+    share[17_000:40_000] = 0.6
+    differs = torch.rand(50_003, generator=generator) < share
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    tuned = (base.view(integer) ^ differs.to(integer)).view(dtype)
+    with backend.running():
+        indices, values = torch.ops.shira.extract_changed(base.to(backend.device), tuned.to(backend.device))
+    assert torch.equal(indices.cpu().long(), differs.nonzero().view(-1))
+    assert torch.equal(bits(values), bits(tuned[differs]))
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_bits_are_compared_not_numbers(backend: Backend, dtype: torch.dtype) -> None:
     """-0 against +0 is a change, one NaN against itself is none, against another it is."""
