@@ -318,6 +318,11 @@ def product_calls() -> Iterator[Call]:
         yield make(op, kinds[2], torch.int32, torch.uint16, tokens, 61, page)
     for row, column, tokens in itertools.product(INDICES, (torch.uint16, torch.int32), (8, 512)):
         yield make("add_sparse_delta_mm_batched", kinds[2], row, column, tokens, 256, 4096)
+    for op, kind, row, column in itertools.product(
+        ("sparse_delta_mm", "add_sparse_delta_mm"), kinds[2:4], INDICES, (torch.uint16, torch.int32)
+    ):
+        yield make(op, kind, row, column, 8192, 1024, nnz=100_000)
+    yield make("add_sparse_delta_mm", kinds[2], torch.int32, torch.uint16, 8191, 1023, nnz=100_001)
     for tokens in (0, 1, 20):
         yield make("add_sparse_delta_mm", kinds[2], torch.int32, torch.uint16, tokens, 1, nnz=1)
     yield make("sparse_delta_mm_transposed", kinds[1], torch.int32, torch.int32, 8, 64)
