@@ -68,7 +68,8 @@ def main() -> None:
     extension = Extension(flags=("-O1",))
     extension.library.set_launches_do_nothing(True)
     for grad in (False, True):
-        print(f"\n{'grad mode' if grad else 'no_grad'}\n{'weights':>8}  {'op':24} {'min us':>8} {'median us':>10} limit")
+        print("\nin grad mode" if grad else "\nunder no_grad")
+        print(f"{'weights':>8}  {'op':24} {'min us':>8} {'median us':>10} limit")
         for weights in WEIGHTS:
             for op, call in calls(extension, weights).items():
                 with torch.set_grad_enabled(grad):
