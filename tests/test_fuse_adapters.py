@@ -85,6 +85,48 @@ def test_random_lists(backend: Backend, dtype: torch.dtype, policy: str) -> None
 
 @each_backend
 @pytest.mark.parametrize("policy", POLICIES)
+def test_lists_of_several_blocks(backend: Backend, policy: str) -> None:
+    """One list is dense where others have gaps, two begin and end alike, one is short."""
+    indices, values, weights = make_lists(3000, (700, 0, 900, 2), torch.float32)
+    indices += [torch.arange(1000, 1600, dtype=torch.int32), torch.arange(1000, 1600, 3, dtype=torch.int32)]
+    generator = torch.Generator().manual_seed(1)
+    values += [torch.randn(positions.numel(), generator=generator) for positions in indices[-2:]]
+    check_case(backend, indices, values, torch.cat([weights, torch.tensor([-1.5, 0.25])]), policy)
+
+
+TRITON = [
+    pytest.param(backend, id=backend.device, marks=[pytest.mark.gpu] if backend.device == "cuda" else [])
+    for backend in BACKENDS
+    if backend.name == "triton" and not backend.missing(OP)
+]
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_triton_ranks_stay_inside_whatever_the_lists_hold(backend: Backend, dtype: torch.dtype) -> None:
+    """Unsorted, repeated and negative positions, and the largest and smallest numbers of the type."""
+    from shira_kernels.triton import fuse_adapters as triton_fuse
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = [600, 1, 300, 0, 257]
+    wild = torch.randint(-50, 50, (sum(sizes),), generator=generator, dtype=dtype)
+    wild[::7], wild[3::11] = torch.iinfo(dtype).max, torch.iinfo(dtype).min
+    wild[600:] = wild[600:].abs().clamp(0, 40).sort().values  # and sorted, but repeated
+    wild[-200:] = -1
+    around = torch.full((3, wild.numel()), 77, dtype=torch.int32, device=backend.device)
+    triton_fuse.rank_entries(wild.to(backend.device), sizes, around[1])
+    assert (around[[0, 2]] == 77).all()
+    lists = list(wild.split(sizes))
+    values = [torch.ones(size, device=backend.device) for size in sizes]
+    for policy in POLICIES:
+        union, result = triton_fuse.fuse_adapters(
+            [positions.to(backend.device) for positions in lists], values, torch.ones(5, device=backend.device), policy
+        )
+        assert union.shape == result.shape
+
+
+@each_backend
+@pytest.mark.parametrize("policy", POLICIES)
 def test_widths_of_indices(backend: Backend, policy: str) -> None:
     for widths in ((torch.int64,) * 3, (torch.int32, torch.int64, torch.int32)):
         indices, values, weights = make_lists(90, (20, 50, 10), torch.float32)
