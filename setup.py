@@ -1,6 +1,6 @@
 """Builds the C++ (and CUDA) kernels; everything else about the package is in pyproject.toml.
 
-SHIRA_BUILD=auto  CPU kernels where there is a compiler, CUDA kernels where nvcc is there and torch has CUDA (default)
+SHIRA_BUILD=auto  CPU kernels where there is a compiler, CUDA kernels where there is an nvcc of torch's CUDA (default)
             cpu   CPU kernels; an error without a compiler
             cuda  CPU and CUDA kernels; an error without nvcc
             0     none: the package works on its PyTorch reference and Triton
@@ -32,6 +32,25 @@ def find_cuda() -> None:
         os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 
 
+def cuda_of(nvcc: Path) -> str:
+    """The major version of CUDA that a compiler is of."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.", said)
+    return release[1] if release else "unknown"
+
+
+def without_cuda(torch_cuda: str | None, home: str | None) -> str:
+    """Why CUDA kernels cannot be built; empty if they can."""
+    if torch_cuda is None:
+        return "torch is a build without CUDA"
+    nvcc = Path(home or "", "bin", "nvcc")
+    if home is None or not nvcc.exists():
+        return f"there is no nvcc on the PATH or in CUDA_HOME ({home or 'not set'})"
+    if cuda_of(nvcc) != torch_cuda.split(".")[0]:
+        return f"torch is built with CUDA {torch_cuda}, and {nvcc} is of CUDA {cuda_of(nvcc)}"
+    return ""
+
+
 def extension_arguments() -> dict:
     mode = os.environ.get("SHIRA_BUILD", "auto")
     if mode not in ("auto", "cpu", "cuda", "0"):
@@ -46,11 +65,8 @@ def extension_arguments() -> dict:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    has_nvcc = CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()
-    missing = "" if has_nvcc else f"there is no nvcc on the PATH or in CUDA_HOME ({CUDA_HOME or 'not set'})"
-    if torch.version.cuda is None:
-        missing = "torch is a build without CUDA"
-    elif missing and mode == "auto":
+    missing = without_cuda(torch.version.cuda, CUDA_HOME)
+    if missing and mode == "auto" and torch.version.cuda is not None:
         print(f"shira-kernels: {missing}: CPU kernels are built, and no CUDA kernels", file=sys.stderr)
     if missing and mode == "cuda":
         raise SystemExit(f"SHIRA_BUILD=cuda cannot be built: {missing}")

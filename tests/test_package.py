@@ -173,6 +173,15 @@ print(json.dumps({name: getattr(extension, name) for name in ("sources", "librar
 """
 
 
+NVCC = "#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n"
+
+
+def write_nvcc(folder: Path, text: str = NVCC) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nvcc").write_text(text)
+    (folder / "nvcc").chmod(0o755)
+
+
 def setup_with(nvcc: str | None, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs SETUP where the nvcc on the PATH is a script with this text, or there is none."""
     tools = folder / "tools"
@@ -181,8 +190,7 @@ def setup_with(nvcc: str | None, folder: Path, **environment: str) -> subprocess
         if (found := shutil.which(name)) and not (tools / name).exists():
             (tools / name).symlink_to(found)
     if nvcc is not None:
-        (tools / "nvcc").write_text(nvcc)
-        (tools / "nvcc").chmod(0o755)
+        write_nvcc(tools, nvcc)
     inherited = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
     return subprocess.run(
         [sys.executable, "-c", SETUP],
@@ -201,9 +209,9 @@ def extension_of(result: subprocess.CompletedProcess[str]) -> dict[str, list[str
 
 def test_an_nvcc_that_calls_another_is_asked_where_cuda_is(tmp_path: Path) -> None:
     real = tmp_path / "real cuda"
-    for folder in ("bin", "lib64", "include"):
+    for folder in ("lib64", "include"):
         (real / folder).mkdir(parents=True)
-    (real / "bin/nvcc").touch()
+    write_nvcc(real / "bin")
     wrapper = (
         f"#!/bin/sh\n[ \"$1\" = --dryrun ] && echo '#$ _HERE_=/elsewhere' >&2 && echo '#$ TOP={real}/bin/..' >&2\n"
     )
@@ -216,8 +224,7 @@ def test_an_nvcc_that_calls_another_is_asked_where_cuda_is(tmp_path: Path) -> No
 
 
 def test_a_cuda_home_with_an_nvcc_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/nvcc").touch()
+    write_nvcc(tmp_path / "bin")
     result = setup_with("#!/bin/sh\necho '#$ TOP=/elsewhere' >&2\n", tmp_path, CUDA_HOME=str(tmp_path))
     assert any(path.startswith(str(tmp_path)) for path in extension_of(result)["library_dirs"])
 
@@ -230,6 +237,13 @@ def test_a_build_without_nvcc_says_so(tmp_path: Path) -> None:
     wanted = setup_with(None, tmp_path, CUDA_HOME=str(tmp_path), SHIRA_BUILD="cuda")
     assert wanted.returncode == 1
     assert "SHIRA_BUILD=cuda cannot be built: there is no nvcc" in wanted.stderr
+
+
+def test_an_nvcc_of_another_cuda_than_torchs_is_left_alone(tmp_path: Path) -> None:
+    write_nvcc(tmp_path / "bin", NVCC.replace("13.0", "12.8"))
+    result = setup_with(None, tmp_path, CUDA_HOME=str(tmp_path))
+    assert f"torch is built with CUDA 13.0, and {tmp_path}/bin/nvcc is of CUDA 12: CPU kernels" in result.stderr
+    assert not [source for source in extension_of(result)["sources"] if source.endswith(".cu")]
 
 
 def test_the_oldest_triton_is_compiled_with() -> None:

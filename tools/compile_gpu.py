@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS), help="GPUs of Triton kernels")
     parser.add_argument("--no-cuda", action="store_true", help="leave out the CUDA C++ kernels, which need nvcc")
     parser.add_argument("--only", default="", help="kernels with this in their name, or .cu files")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="print all variants as JSON")
     options = parser.parse_args()
     if not options.no_cuda and shutil.which("nvcc") is None:

@@ -148,7 +148,16 @@ class GpuTensor(torch.Tensor):
         self.gpu.waits_for(f"a number of {self.content.dtype} is read by the host")
         return self.content.item()
 
-    __int__ = __float__ = __bool__ = __index__ = item
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    __index__ = __int__
 
     def tolist(self) -> Any:
         self.gpu.waits_for(f"a list of {self.content.dtype} is read by the host")
