@@ -1,11 +1,15 @@
 # Each target makes what it needs: the virtual environment in .venv, all packages, the C++ extension.
-#   make demo | test | bench | lint | build | gpu-compile | gpu-check | clean
+#   make demo | test | test-versions | bench | lint | build | gpu-compile | gpu-check | clean
 # TORCH=2.13.0        the torch to install
+# NUMPY='<2.4'        bounds of the numpy to install; none are set
 # PYTHON=python3      the interpreter that makes .venv; gpu-check uses it as it is
+# PYTHON12=python3.12 the interpreter that makes the environments of test-versions
 # PYTEST_ARGS, BENCH_ARGS, GPU_CHECK_ARGS   further arguments
 
 TORCH ?= 2.13.0
 PYTHON ?= python3
+PYTHON12 ?= python3.12
+NUMPY ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-torch-$(TORCH)
@@ -17,7 +21,7 @@ RESULTS ?= bench-results
 OLDEST_TRITON := 3.6.0
 TRITON_STAMP := $(VENV)/.triton-$(OLDEST_TRITON)
 
-.PHONY: demo test bench lint build gpu-compile gpu-check clean
+.PHONY: demo test test-versions bench lint build gpu-compile gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -25,6 +29,10 @@ demo: $(BUILT)
 
 test: $(BUILT)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# The oldest versions that are supported, 5 GB each. With nvcc of CUDA 13 nothing builds for torch 2.10, whose CUDA is 12.8.
+test-versions:
+	MAKE="$(MAKE)" PYTHON="$(PYTHON12)" bash tools/test_versions.sh 2.10.0:cpu 2.11.0:auto
 
 bench: $(BUILT)
 	mkdir -p $(RESULTS)
@@ -44,13 +52,14 @@ build: $(BUILT)
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check torch==$(TORCH) "setuptools>=77" ninja
-	echo "torch==$(TORCH)" > $(VENV)/constraints.txt
+	printf '%s\n' "torch==$(TORCH)" "numpy$(NUMPY)" > $(VENV)/constraints.txt
 	SHIRA_BUILD=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
 		--constraint $(VENV)/constraints.txt --editable ".[dev]"
 	rm -f $(VENV)/.installed-* $(VENV)/.built-* && touch $@
 
+# All environments import the one extension in shira_kernels.
 $(BUILT): $(STAMP) $(SOURCES)
-	rm -f shira_kernels/_C.*.so $(VENV)/.built-*
+	rm -f shira_kernels/_C.*.so .venv*/.built-*
 	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
@@ -70,4 +79,4 @@ gpu-check:
 	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean:
-	rm -rf build dist $(RESULTS) shira_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache $(VENV)
+	rm -rf build dist $(RESULTS) shira_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .venv .venv-torch-*

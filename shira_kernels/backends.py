@@ -69,7 +69,9 @@ def reason_unavailable(op: str, backend: str) -> str:
             return "triton is not installed"
         if importlib.util.find_spec(f"shira_kernels.triton.{op}") is None:
             return "has no kernel for this op"
-        return "" if torch.cuda.is_available() or _triton_interprets() else "no GPU"
+        if _triton_interprets():
+            return _interpreter_refusal()
+        return "" if torch.cuda.is_available() else "no GPU"
     if extension is None:
         return f"C++ extension {extension_reason}"
     if backend == "cpu":
@@ -92,6 +94,21 @@ def _has_cpp_kernel(op: str, key: str) -> bool:
 
 def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _interpreter_refusal() -> str:
+    """Why Triton's interpreter cannot run kernels, if that is so. Before 3.7 it converts arrays of one dimension to the
+    bounds of loops, which numpy refuses from 2.4 on."""
+    import numpy
+    import triton
+
+    if _release(triton.__version__) < (3, 7) and _release(numpy.__version__) >= (2, 4):
+        return f"the interpreter of triton {triton.__version__} needs numpy below 2.4, got {numpy.__version__}"
+    return ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def active(op: str, device: torch.device | str) -> str:

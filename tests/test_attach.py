@@ -297,6 +297,44 @@ def test_compiled() -> None:
     assert losses[0] > losses[2]
 
 
+class Reused(nn.Module):
+    """What a traced forward has to follow: a layer called twice, without gradients in between, and read by others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.conv = nn.Embedding(9, 4), nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu(self.embedding(tokens), inplace=True).mT
+        with torch.no_grad():
+            plain = self.conv(x)
+        return self.conv(x) + self.conv(2 * x) + plain * self.conv.weight.sum()
+
+
+def test_a_compiled_layer_is_used_in_several_ways() -> None:
+    torch._dynamo.reset()
+    model = Reused()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    config = shira.ShiraConfig(["embedding", "conv"], density=0.5)
+    tokens = torch.tensor([[3, 1, 0, 3, 6]])
+    results = []
+    for run, net in ((model, model), (compiled, twin)):
+        handle = shira.attach(net, config)
+        optimizer = torch.optim.SGD(handle.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            output = run(tokens)
+            output.square().sum().backward()
+            optimizer.step()
+        results.append((output, run(tokens), *handle.parameters()))
+        assert isinstance(net.conv.weight, nn.Parameter)
+        handle.detach()
+        assert isinstance(net.conv.weight, nn.Parameter)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not torch.equal(results[0][0], results[0][1])
+
+
 def test_a_deep_copy_is_independent() -> None:
     model = mlp()
     handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -92,6 +93,24 @@ def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="backend cuda cannot run"):
             backends.use("cuda")
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "refused"),
+    [("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.0", "2.4.6", False), ("3.10.0", "2.10.0rc1", False)],
+)
+def test_an_interpreter_that_numpy_broke_is_refused(
+    monkeypatch: pytest.MonkeyPatch, triton_version: str, numpy_version: str, refused: bool
+) -> None:
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(triton, "__version__", triton_version)
+    monkeypatch.setattr(numpy, "__version__", numpy_version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reason = f"the interpreter of triton {triton_version} needs numpy below 2.4, got {numpy_version}"
+    assert backends.reason_unavailable("scatter_apply", "triton") == (reason if refused else "")
+    if refused:
+        with pytest.raises(RuntimeError, match=reason):
+            backends.use("triton")
 
 
 @needs_extension

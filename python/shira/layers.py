@@ -347,6 +347,16 @@ def csr_of(indices: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torc
     return row_ptr.to(wide), (flat % columns).to(narrow)
 
 
+def _passed(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+    """What the forward of a tap gives back: its input, and no view of it, which what follows could not change in place,
+    as in Sequential(Linear, ReLU(inplace=True))."""
+    if torch.compiler.is_compiling():
+        # Dynamo of torch 2.10 and 2.11 makes a view of what is marked dirty, too. Inductor removes this copy.
+        return output.clone()
+    ctx.mark_dirty(output)
+    return output
+
+
 class _LinearTap(torch.autograd.Function):
     """Gives back `output` as it is; its gradient passes, and the listed entries of the weight's are the values'.
 
@@ -364,9 +374,7 @@ class _LinearTap(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(input)
         ctx.csr, ctx.transposed, ctx.values_dtype = csr, transposed, values.dtype
-        # A view could not be changed in place by what follows, as in Sequential(Linear, ReLU(inplace=True)).
-        ctx.mark_dirty(output)
-        return output
+        return _passed(ctx, output)
 
     @staticmethod
     @once_differentiable
@@ -395,8 +403,7 @@ class _EmbeddingTap(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(tokens, indices)
         ctx.rows, ctx.padding_idx, ctx.values_dtype = rows, padding_idx, values.dtype
-        ctx.mark_dirty(output)
-        return output
+        return _passed(ctx, output)
 
     @staticmethod
     @once_differentiable
@@ -550,17 +557,24 @@ class _AttachedEmbedding(Attached):
 class _AttachedReader(Attached):
     """A module whose forward reads `self.weight`."""
 
+    shira_alias: torch.Tensor | None  # what it reads while a forward runs whose gradient is wanted
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        return self._parameters["weight"] if self.shira_alias is None else self.shira_alias
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.shira_write_back()
         target = self.shira_trains()
         if target is None:
             return super().forward(*args, **kwargs)
-        # An instance's own attributes come before its parameters.
-        self.__dict__["weight"] = _Alias.apply(target.values, target.weight, target.indices)
+        # An instance attribute "weight" would come before the parameter, but Dynamo of torch 2.10 and 2.11 cannot trace
+        # its removal.
+        self.shira_alias = _Alias.apply(target.values, target.weight, target.indices)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            del self.__dict__["weight"]
+            self.shira_alias = None
 
 
 SUPPORTED = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding and Conv1D of transformers"
@@ -634,6 +648,8 @@ def make_attached(module: nn.Module, mixin: type[Attached], role: str, target: T
         module.shira_targets = {}  # type: ignore[assignment]
     assert isinstance(module, Attached)
     module.shira_targets[role] = target
+    if isinstance(module, _AttachedReader):
+        module.shira_alias = None
     if isinstance(module, _AttachedLinear):
         target.want_csr()
 
@@ -643,4 +659,6 @@ def restore_classes(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if isinstance(module, Attached):
             del module.shira_targets
+            if isinstance(module, _AttachedReader):
+                del module.shira_alias
             module.__class__ = module.shira_original  # type: ignore[assignment]
