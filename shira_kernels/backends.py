@@ -13,6 +13,7 @@ indices, which costs a wait for the GPU at each call. docs/environment.md lists 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -27,7 +28,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from shira_kernels.ops import OPS
-from shira_kernels.ops._library import NAMESPACE, library, python_calls, with_gradient
+from shira_kernels.ops._library import HOST_NAMESPACE, NAMESPACE, host_ops, library, python_calls, with_gradient
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_ISAS = ("base", "avx2", "avx512", "avx512_bf16")
@@ -92,6 +93,7 @@ def _has_cpp_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
+@functools.cache  # as Triton itself, which reads it once
 def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -168,21 +170,35 @@ def _triton_reads_contents() -> bool:
     return _check_gpu_indices or _triton_interprets()
 
 
+def _host_op(op: str) -> Callable[..., Any] | None:
+    """The op's checks and bookkeeping in C++, for kernels that are not C++; None where the extension is not there."""
+    return getattr(getattr(torch.ops, HOST_NAMESPACE), op).default if op in host_ops and extension is not None else None
+
+
 def _triton_entry(op: str) -> Callable[..., Any]:
     """The Triton kernel behind the op's checks. Triton is imported at the first call."""
     if _with_kernels(op) != op:
         return _composed(op, _triton_entry(_with_kernels(op)), _triton_reads_contents)
-    definition = OPS[op]
+    definition, host_op = OPS[op], _host_op(op)
+    loaded: list[Callable[..., Any]] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        launch = getattr(importlib.import_module(f"shira_kernels.triton.{op}"), op)
-        written = definition.check(*args, **kwargs, contents=_triton_reads_contents())
-        torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+        if not loaded:
+            loaded.append(getattr(importlib.import_module(f"shira_kernels.triton.{op}"), op))
+        contents = _triton_reads_contents()
+        if contents or host_op is None:
+            written = definition.check(*args, **kwargs, contents=contents)
+        if host_op is None:
+            torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+        elif (table := host_op(*args, **kwargs)) is not None:
+            kwargs["table"] = table
         python_calls["triton"] += 1
         # Triton launches on the current device, whatever the tensors' is. Offsets may lie on the CPU.
-        gpu = next((tensor.device for tensor in _tensors((*args, *kwargs.values())) if tensor.is_cuda), None)
-        with contextlib.nullcontext() if gpu is None else torch.cuda.device(gpu):
-            return launch(*args, **kwargs)
+        gpu = next((tensor.device for tensor in _leaders((*args, *kwargs.values())) if tensor.is_cuda), None)
+        if gpu is None or gpu.index == torch.cuda.current_device():
+            return loaded[0](*args, **kwargs)
+        with torch.cuda.device(gpu):
+            return loaded[0](*args, **kwargs)
 
     return run
 
@@ -247,6 +263,14 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield argument
         elif isinstance(argument, (list, tuple)):
             yield from _tensors(argument)
+
+
+def _leaders(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Tensors among arguments, and of lists of tensors, which share a device, the first."""
+    for argument in arguments:
+        first = argument[0] if isinstance(argument, (list, tuple)) and argument else argument
+        if isinstance(first, torch.Tensor):
+            yield first
 
 
 def set_check_indices(enabled: bool) -> None:

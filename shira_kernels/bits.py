@@ -12,4 +12,9 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
 
     `tensor` is contiguous with elements of 1, 2, 4 or 8 bytes.
     """
-    return tensor.view(-1).view(_INTEGERS[tensor.element_size()])
+    return flat(tensor).view(_INTEGERS[tensor.element_size()])
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in one dimension. `tensor` is contiguous; a view of one that is flat costs more than this."""
+    return tensor if tensor.dim() == 1 else tensor.view(-1)

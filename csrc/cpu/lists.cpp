@@ -10,8 +10,7 @@ Lists::Lists(const std::vector<WeightPart>& weights, const Tensor& index_tensor)
       index_size(static_cast<int64_t>(index_tensor.element_size())),
       element_size(static_cast<int64_t>(weights[0].weight.element_size())) {
   parts.reserve(weights.size());
-  for (const WeightPart& part : weights)
-    parts.push_back({static_cast<char*>(part.weight.data_ptr()), part.begin, part.end});
+  for (const WeightPart& part : weights) parts.push_back({static_cast<char*>(part.data), part.begin, part.end});
 }
 
 void check_contents(const char* op, const std::vector<WeightPart>& weights, const Lists& lists,
@@ -29,7 +28,7 @@ void check_contents(const char* op, const std::vector<WeightPart>& weights, cons
   if (!rising) fail(op, name, "must be sorted and unique");
   for (const WeightPart& part : weights) {
     if (part.begin == part.end) continue;
-    const int64_t first = lists.index(part.begin), last = lists.index(part.end - 1), numel = part.weight.numel();
+    const int64_t first = lists.index(part.begin), last = lists.index(part.end - 1), numel = part.numel;
     if (first < 0 || last >= numel)
       fail(op, name,
            "must lie in [0, " + std::to_string(numel) + ") for " + part.name + ", got " +

@@ -74,18 +74,14 @@ void scatter_switch_batched(const std::vector<Tensor>& weights, const Tensor& ol
                             const Tensor& old_saved, const Tensor& offsets, const Tensor& indices, const Tensor& values,
                             const Tensor& saved, double alpha, bool additive) {
   const char* op = "scatter_switch_batched";
-  const std::optional<Tensor> keep(saved), none;
-  const ScatterCall new_call = check_scatter_batched(op, weights, offsets, indices, values, alpha, additive, keep);
-  const ListNames names{"old_offsets", "old_indices", "old_saved"};
-  const ScatterCall old_call =
-      check_scatter_batched(op, weights, old_offsets, old_indices, old_saved, 1.0, false, none, names);
-  check_overlap(op, {{"saved", saved}},
-                {{names.offsets, old_offsets}, {names.indices, old_indices}, {names.values, old_saved}});
+  const std::optional<Tensor> keep(saved);
+  const SwitchCall call =
+      check_switch(op, weights, old_offsets, old_indices, old_saved, offsets, indices, values, alpha, additive, keep);
   if (weights.empty()) return;
   const CpuKernels& kernels = cpu_kernels();
-  const ScatterWriter old_writer(old_call, kernels), new_writer(new_call, kernels);
+  const ScatterWriter old_writer(call.from, kernels), new_writer(call.to, kernels);
 
-  announce_writes(new_call);
+  announce_writes(call.to);
   count_call(kernels);
   const int64_t entries = old_writer.lists.nnz + new_writer.lists.nnz;
   over_threads(entries, [&](int64_t chunk, int64_t chunks) {

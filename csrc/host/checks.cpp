@@ -16,12 +16,28 @@ StableIValue call(const char* op, std::array<StableIValue, N> stack) {
   return stack[0];
 }
 
+// As Python writes a tuple.
+template <class F>
+std::string tuple_of(int64_t count, const F& number) {
+  std::string text = "(";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(number(i));
+  return text + (count == 1 ? ",)" : ")");
+}
+
+std::string strides_of(const Tensor& tensor) {
+  return tuple_of(tensor.dim(), [&](int64_t i) { return tensor.stride(i); });
+}
+
 bool is_leaf(const Tensor& tensor) { return to<bool>(call<1>("aten::is_leaf", {from(tensor)})); }
 
 // In grad mode. The stable ABI does not tell, but an alias is a leaf exactly if its source does not require grad.
 bool requires_grad(const Tensor& tensor) { return !is_leaf(to<Tensor>(call<1>("aten::alias", {from(tensor)}))); }
 
 }  // namespace
+
+Name::operator std::string() const {
+  return place < 0 ? std::string(text) : std::string(text) + "[" + std::to_string(place) + "]";
+}
 
 void fail(const char* op, const std::string& argument, const std::string& message) {
   throw std::runtime_error("shira::" + std::string(op) + ": " + argument + " " + message);
@@ -57,16 +73,39 @@ std::string dtype_name(int32_t dtype) {
 }
 
 std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return text + (tensor.dim() == 1 ? ",)" : ")");
+  return tuple_of(tensor.dim(), [&](int64_t i) { return tensor.size(i); });
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-  int32_t type_a, type_b;
-  check_status(aoti_torch_get_device_type(a.get(), &type_a), "aoti_torch_get_device_type");
-  check_status(aoti_torch_get_device_type(b.get(), &type_b), "aoti_torch_get_device_type");
-  return type_a == type_b && a.get_device_index() == b.get_device_index();
+Device device_of(const Tensor& tensor) {
+  Device device;
+  check_status(aoti_torch_get_device_type(tensor.get(), &device.type), "aoti_torch_get_device_type");
+  check_status(aoti_torch_get_device_index(tensor.get(), &device.index), "aoti_torch_get_device_index");
+  return device;
+}
+
+bool same_device(const Tensor& a, const Tensor& b) { return device_of(a) == device_of(b); }
+
+std::string device_name(const Tensor& tensor) {
+  const Device device = device_of(tensor);
+  const std::string type = device.type == aoti_torch_device_type_cpu()    ? "cpu"
+                           : device.type == aoti_torch_device_type_cuda() ? "cuda"
+                           : device.type == aoti_torch_device_type_meta() ? "meta"
+                           : device.type == aoti_torch_device_type_xpu()  ? "xpu"
+                           : device.type == aoti_torch_device_type_mps() ? "mps"
+                                                                         : "device type " + std::to_string(device.type);
+  return device.index < 0 ? type : type + ":" + std::to_string(device.index);
+}
+
+void check_device(const char* op, const Name& argument, const Tensor& tensor, const Tensor& like) {
+  if (!same_device(tensor, like))
+    fail(op, argument, "must be on " + device_name(like) + " like the others, got " + device_name(tensor));
+}
+
+void check_memory(const char* op, const Name& argument, const Tensor& tensor) {
+  int32_t layout;
+  check_status(aoti_torch_get_layout(tensor.get(), &layout), "aoti_torch_get_layout");
+  if (layout != aoti_torch_layout_strided()) fail(op, argument, "must be contiguous, not sparse");
+  if (!tensor.is_contiguous()) fail(op, argument, "must be contiguous, got strides " + strides_of(tensor));
 }
 
 bool check_indices(const char* op, const Tensor& indices, const char* name) {
@@ -79,8 +118,8 @@ bool check_indices(const char* op, const Tensor& indices, const char* name) {
 
 void check_vector(const char* op, const char* argument, const Tensor& tensor, const Tensor& indices) {
   if (tensor.dim() != 1) fail(op, argument, "must be 1-D, got shape " + shape_of(tensor));
-  if (!tensor.is_contiguous()) fail(op, argument, "must be contiguous");
-  if (!same_device(tensor, indices)) fail(op, argument, "must be on the device of indices");
+  check_memory(op, argument, tensor);
+  check_device(op, argument, tensor, indices);
   if (tensor.numel() != indices.numel())
     fail(op, argument,
          "must have one entry per index (" + std::to_string(indices.numel()) + "), got " +
@@ -99,7 +138,7 @@ const int64_t* check_offsets(const char* op, const Tensor& offsets, int64_t weig
              std::to_string(offsets.numel()));
   if (!offsets.is_cpu()) {
     if (like != nullptr && !same_device(offsets, *like))
-      fail(op, name, "must be on the CPU or on the device of the weights");
+      fail(op, name, "must be on the CPU or on " + device_name(*like) + ", got " + device_name(offsets));
     return nullptr;
   }
   const auto* borders = static_cast<const int64_t*>(offsets.data_ptr());
@@ -108,10 +147,13 @@ const int64_t* check_offsets(const char* op, const Tensor& offsets, int64_t weig
 }
 
 void check_borders(const char* op, const int64_t* borders, int64_t weights, int64_t nnz, const char* name) {
-  if (borders[0] != 0 || borders[weights] != nnz || !std::is_sorted(borders, borders + weights + 1))
-    fail(op, name,
-         "must rise from 0 to the number of indices (" + std::to_string(nnz) + "), got from " +
-             std::to_string(borders[0]) + " to " + std::to_string(borders[weights]));
+  if (borders[0] == 0 && borders[weights] == nnz && std::is_sorted(borders, borders + weights + 1)) return;
+  std::string numbers;
+  for (int64_t i = 0; i <= weights; ++i) {
+    if (weights > 7 && i == 4) numbers += ", ...", i = weights;
+    numbers += (i ? ", " : "") + std::to_string(borders[i]);
+  }
+  fail(op, name, "must rise from 0 to the number of indices (" + std::to_string(nnz) + "), got [" + numbers + "]");
 }
 
 std::vector<WeightPart> check_parts(const char* op, const std::vector<Tensor>& weights, const Tensor& offsets,
@@ -122,68 +164,72 @@ std::vector<WeightPart> check_parts(const char* op, const std::vector<Tensor>& w
   std::vector<WeightPart> parts;
   parts.reserve(weights.size());
   for (int64_t i = 0; i < count; ++i)
-    parts.push_back(
-        {weights[i], "weights[" + std::to_string(i) + "]", borders ? borders[i] : 0, borders ? borders[i + 1] : 0});
+    parts.push_back({weights[i], {"weights", i}, borders ? borders[i] : 0, borders ? borders[i + 1] : 0});
   return parts;
 }
 
-void check_weights(const char* op, const std::vector<WeightPart>& parts, const Tensor& indices) {
-  for (const WeightPart& part : parts) {
-    const int32_t dtype = dtype_of(parts[0].weight);
+void check_weights(const char* op, std::vector<WeightPart>& parts) {
+  if (parts.empty()) return;
+  const int32_t dtype = dtype_of(parts[0].weight);
+  const Device device = device_of(parts[0].weight);
+  for (WeightPart& part : parts) {
     if (dtype_of(part.weight) != dtype)
       fail(op, part.name,
            "must be " + dtype_name(dtype) + " like weights[0], got " + dtype_name(dtype_of(part.weight)));
-    if (!same_device(part.weight, indices)) fail(op, part.name, "must be on the device of indices");
-    if (!part.weight.is_contiguous()) fail(op, part.name, "must be contiguous");
+    if (device_of(part.weight) != device)
+      fail(op, part.name,
+           "must be on " + device_name(parts[0].weight) + " like weights[0], got " + device_name(part.weight));
+    check_memory(op, part.name, part.weight);
+    part.data = part.weight.data_ptr();
+    part.numel = part.weight.numel();
   }
 }
 
+Span::Span(const Name& argument, const Tensor& tensor, bool written)
+    : begin(reinterpret_cast<uintptr_t>(tensor.data_ptr())),
+      end(begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size()),
+      name(argument),
+      is_written(written) {}
+
 void check_overlap(const char* op, const std::vector<Argument>& written, const std::vector<Argument>& read) {
-  struct Span {
-    uintptr_t begin, end;
-    const std::string* name;
-    bool is_written;
-  };
   std::vector<Span> spans;
   spans.reserve(written.size() + read.size());
   for (const auto* group : {&written, &read})
-    for (const Argument& argument : *group) {
-      const auto bytes = static_cast<uintptr_t>(argument.tensor.numel()) * argument.tensor.element_size();
-      const auto begin = reinterpret_cast<uintptr_t>(argument.tensor.data_ptr());
-      if (bytes) spans.push_back({begin, begin + bytes, &argument.name, group == &written});
-    }
+    for (const Argument& argument : *group)
+      spans.emplace_back(argument.name.c_str(), argument.tensor, group == &written);
+  check_overlap(op, std::move(spans));
+}
+
+void check_overlap(const char* op, std::vector<Span> spans) {
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   // The span that reaches furthest so far: of all, and of the written ones.
-  const Span none{0, 0, nullptr, false};
-  const Span *reach = &none, *reach_written = &none;
+  const Span* reach = nullptr;
+  const Span* reach_written = nullptr;
   for (const Span& span : spans) {
+    if (span.begin == span.end) continue;
     const Span* other = span.is_written ? reach : reach_written;
-    if (span.begin < other->end) {
-      const bool saved_first = *other->name == "saved" || (*span.name != "saved" && *other->name < *span.name);
-      const Span &first = saved_first ? *other : span, &second = saved_first ? span : *other;
-      fail(op, *first.name, "must not share memory with " + *second.name);
+    if (other != nullptr && span.begin < other->end) {
+      const std::string name = span.name, other_name = other->name;
+      const bool other_first = other_name == "saved" || (name != "saved" && other_name < name);
+      fail(op, other_first ? other_name : name, "must not share memory with " + (other_first ? name : other_name));
     }
-    if (span.end > reach->end) reach = &span;
-    if (span.is_written && span.end > reach_written->end) reach_written = &span;
+    if (reach == nullptr || span.end > reach->end) reach = &span;
+    if (span.is_written && (reach_written == nullptr || span.end > reach_written->end)) reach_written = &span;
   }
 }
 
-void refuse_grad(const char* op, const Argument& argument) {
-  if (aoti_torch_grad_mode_is_enabled() && requires_grad(argument.tensor))
-    fail(op, argument.name, "requires grad: call this op under torch.no_grad()");
+void refuse_grad(const char* op, const Name& argument, const Tensor& tensor) {
+  if (aoti_torch_grad_mode_is_enabled() && requires_grad(tensor))
+    fail(op, argument, "requires grad: call this op under torch.no_grad()");
 }
 
-void announce_write(const char* op, const Argument& argument) {
-  // Swapping dimension 0 with itself changes nothing; as an in-place op it does autograd's bookkeeping. In grad mode it
+void announce_write(const char* op, const Name& argument, const Tensor& tensor) {
+  // Copying a tensor to itself changes nothing; as an in-place op it does autograd's bookkeeping. In grad mode it
   // refuses a leaf that requires grad, and would make our write a part of the history of any other tensor that does.
-  const bool grad_mode = aoti_torch_grad_mode_is_enabled();
-  if (grad_mode && !is_leaf(argument.tensor)) refuse_grad(op, argument);
-  try {
-    to<Tensor>(call<3>("aten::transpose_", {from(argument.tensor), from(int64_t{0}), from(int64_t{0})}));
-  } catch (const std::exception&) {
-    refuse_grad(op, argument);
-    fail(op, argument.name, "must not be an inference tensor outside torch.inference_mode()");
-  }
+  if (aoti_torch_grad_mode_is_enabled() && !is_leaf(tensor)) refuse_grad(op, argument, tensor);
+  if (aoti_torch_copy_(tensor.get(), tensor.get(), 0) == 0) return;
+  refuse_grad(op, argument, tensor);
+  fail(op, argument, "must not be an inference tensor outside torch.inference_mode()");
 }
 
 }  // namespace shira

@@ -30,6 +30,17 @@ ScatterCall check_scatter_batched(const char* op, const std::vector<Tensor>& wei
                                   const Tensor& indices, const Tensor& values, double alpha, bool additive,
                                   const std::optional<Tensor>& saved, const ListNames& names = {});
 
+// One adapter out of several weights, `from`, and another in, `to`.
+struct SwitchCall {
+  ScatterCall from, to;
+};
+
+// The weights, which both lists share, are checked once.
+SwitchCall check_switch(const char* op, const std::vector<Tensor>& weights, const Tensor& old_offsets,
+                        const Tensor& old_indices, const Tensor& old_saved, const Tensor& offsets,
+                        const Tensor& indices, const Tensor& values, double alpha, bool additive,
+                        const std::optional<Tensor>& saved);
+
 // Tells autograd what is about to be written; refuses what requires grad outside no_grad. Call it before the first
 // write.
 void announce_writes(const ScatterCall& call);

@@ -29,12 +29,19 @@ def fail(op: str, argument: str, message: str) -> NoReturn:
     raise RuntimeError(f"shira::{op}: {argument} {message}")
 
 
+def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """Strided and contiguous."""
+    if tensor.layout != torch.strided:
+        fail(op, argument, "must be contiguous, not sparse")
+    if not tensor.is_contiguous():
+        fail(op, argument, f"must be contiguous, got strides {tensor.stride()}")
+
+
 def check_vector(op: str, argument: str, tensor: torch.Tensor, like: torch.Tensor, length: int | None = None) -> None:
     """1-D, contiguous, on the device of `like`, and of the given length."""
     if tensor.dim() != 1:
         fail(op, argument, f"must be 1-D, got shape {tuple(tensor.shape)}")
-    if not tensor.is_contiguous():
-        fail(op, argument, "must be contiguous")
+    check_memory(op, argument, tensor)
     if tensor.device != like.device:
         fail(op, argument, f"must be on {like.device} like the others, got {tensor.device}")
     if length is not None and tensor.shape[0] != length:

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 NAMESPACE = "shira"
+HOST_NAMESPACE = "shira_host"  # csrc/host/tables.cpp says what its ops are
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
+host_library = torch.library.Library(HOST_NAMESPACE, "FRAGMENT")
+host_ops: set[str] = set()
 _gradients: dict[str, tuple[Callable, Callable]] = {}  # op -> setup_context and backward
 python_calls: Counter[str] = Counter()  # op calls by kernel, of the kernels that are Python: see backends.calls
 
@@ -24,8 +27,11 @@ _REFUSED_KEYS = {
 }
 
 
-def define(schema: str, *, fake: Callable, check: Callable, reference: Callable) -> Callable:
-    """Declares an op, and returns its default kernel: `check`, then `reference`, whose result is the op's."""
+def define(schema: str, *, fake: Callable, check: Callable, reference: Callable, host: str = "") -> Callable:
+    """Declares an op, and returns its default kernel: `check`, then `reference`, whose result is the op's.
+
+    `host` is what the op of the same name and arguments in `shira_host` returns, if there is one.
+    """
 
     def default(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
@@ -34,6 +40,11 @@ def define(schema: str, *, fake: Callable, check: Callable, reference: Callable)
             return reference(*args, **kwargs)
 
     declare(schema, fake=fake, default=default)
+    if host:
+        name, signature = schema.removesuffix("()").split("(", 1)
+        host_library.define(f"{name}({signature}{host}")
+        _refuse_changed_tensors(host_library, name)
+        host_ops.add(name)
     return default
 
 
@@ -48,8 +59,7 @@ def declare(schema: str, *, fake: Callable, default: Callable) -> None:
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, default, "CompositeExplicitAutograd")
     if "!" in signature:
-        for key, message in _REFUSED_KEYS.items():
-            library.impl(name, _refusal(f"{NAMESPACE}::{name}: {message}"), key)
+        _refuse_changed_tensors(library, name)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
 
 
@@ -79,6 +89,11 @@ def with_gradient(op: str, kernel: Callable, forced: Callable[[], AbstractContex
         return function.apply(*args, *rest)  # type: ignore[attr-defined]
 
     return run
+
+
+def _refuse_changed_tensors(where: torch.library.Library, name: str) -> None:
+    for key, message in _REFUSED_KEYS.items():
+        where.impl(name, _refusal(f"{NAMESPACE}::{name}: {message}"), key)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

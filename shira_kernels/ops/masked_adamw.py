@@ -95,8 +95,7 @@ def _check_grad(argument: str, grad: torch.Tensor, weight: torch.Tensor, first: 
 
 
 def _check_memory(argument: str, tensor: torch.Tensor) -> None:
-    if tensor.layout != torch.strided or not tensor.is_contiguous():
-        _checks.fail(OP, argument, "must be contiguous")
+    _checks.check_memory(OP, argument, tensor)
     if tensor.is_neg():
         _checks.fail(OP, argument, "must not be lazily negated")
 
@@ -155,6 +154,7 @@ default = define(
     fake=fake,
     check=check,
     reference=reference.masked_adamw,
+    host="Tensor",
 )
 
 

@@ -30,8 +30,7 @@ def check_entries(
     names: _checks.ListNames = _checks.LIST_NAMES,
 ) -> None:
     """What can be checked of one weight and its vectors without data."""
-    if weight.layout != torch.strided or not weight.is_contiguous():
-        _checks.fail(op, argument, f"must be contiguous, got strides {getattr(weight, 'stride', tuple)()}")
+    _checks.check_memory(op, argument, weight)
     if any(t is not None and (t.is_conj() or t.is_neg()) for t in (weight, values, saved)):
         _checks.fail(op, f"{argument}, {names.values} and saved", "must not be lazily negated or conjugated")
     if weight.element_size() > 8:
@@ -86,6 +85,7 @@ default = define(
     fake=fake,
     check=check,
     reference=reference.scatter_apply,
+    host="()",
 )
 
 

@@ -94,6 +94,7 @@ default = define(
     fake=fake,
     check=check,
     reference=reference.scatter_apply_batched,
+    host="Tensor",
 )
 
 

@@ -70,6 +70,7 @@ default = define(
     fake=fake,
     check=check,
     reference=reference.scatter_switch_batched,
+    host="Tensor",
 )
 
 

@@ -7,6 +7,7 @@ interpreter. Launch with `enable_fp_fusion=False`: each operation rounds on its 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 
@@ -14,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from shira_kernels.bits import as_bits
+from shira_kernels.bits import as_bits, flat
 
 REPLACE = tl.constexpr(0)
 INTERPOLATE = tl.constexpr(1)
@@ -23,12 +24,19 @@ ADD = tl.constexpr(2)
 
 def as_kernel_type(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, flat, in the type that kernels compute from: bfloat16 as its bits."""
-    return as_bits(tensor) if tensor.dtype == torch.bfloat16 else tensor.view(-1)
+    return as_bits(tensor) if tensor.dtype == torch.bfloat16 else flat(tensor)
 
 
 def interprets() -> bool:
     """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def number_bits(numbers: list[float], dtype: torch.dtype) -> tuple[int, ...]:
+    """Float arguments for a kernel, rounded to a floating-point type: its bits as ints, which `number_of` reads."""
+    if dtype == torch.float64:
+        return tuple(map(float_bits, numbers))
+    return struct.unpack(f"<{len(numbers)}i", b"".join(bytes(ctypes.c_float(number)) for number in numbers))
 
 
 def float_bits(number: float) -> int:
@@ -110,20 +118,30 @@ def power(beta, step):
 
 
 @triton.jit
-def adamw(w, g, m, v, step, lr_bits, beta1_bits, beta2_bits, eps_bits, weight_decay_bits):
-    """AdamW on entries w with gradients g, m = exp_avg and v = exp_avg_sq, all of one type; gives back w, m, v."""
-    lr, beta1, beta2 = float_of(lr_bits), float_of(beta1_bits), float_of(beta2_bits)
-    decay = (1.0 - lr * float_of(weight_decay_bits)).to(w.dtype)
-    lerp = (1.0 - beta1).to(w.dtype)
+def number_of(bits, dtype: tl.constexpr):
+    """The float64 or float32 whose bits `number_bits` gave."""
+    if dtype == tl.float64:
+        return float_of(bits)
+    else:
+        return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def adamw_corrections(lr, beta1, beta2, step, dtype: tl.constexpr):
+    """What depends on the step, from float64 numbers: bias_correction2_sqrt and negative_step_size."""
+    bias_correction2_sqrt = tl.sqrt(1.0 - power(beta2, step)).to(dtype)
+    negative_step_size = (-(lr / (1.0 - power(beta1, step)))).to(dtype)
+    return bias_correction2_sqrt, negative_step_size
+
+
+@triton.jit
+def adamw(w, g, m, v, decay, lerp, beta2, one_minus_beta2, eps, bias_correction2_sqrt, negative_step_size):
+    """AdamW on entries w with gradients g, m = exp_avg and v = exp_avg_sq; gives back w, m, v. All are of one type."""
     from_old = lerp < 0.5
     lerp = tl.where(from_old, lerp, lerp - 1.0)
-    one_minus_beta2 = (1.0 - beta2).to(w.dtype)
-    bias_correction2_sqrt = tl.sqrt(1.0 - power(beta2, step)).to(w.dtype)
-    negative_step_size = (-(lr / (1.0 - power(beta1, step)))).to(w.dtype)
-
     w = w * decay
     m = tl.where(from_old, m, g) + (g - m) * lerp
-    v = v * beta2.to(w.dtype) + g * one_minus_beta2 * g
-    denom = divide(square_root(v), tl.broadcast_to(bias_correction2_sqrt, v.shape)) + float_of(eps_bits).to(w.dtype)
+    v = v * beta2 + g * one_minus_beta2 * g
+    denom = divide(square_root(v), tl.broadcast_to(bias_correction2_sqrt, v.shape)) + eps
     w = w + divide(m * negative_step_size, denom)
     return w, m, v

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 
 from shira_kernels.bits import as_bits
+from shira_kernels.triton._launch import blocks, launch
 from shira_kernels.triton._math import ADD, INTERPOLATE, REPLACE, as_kernel_type, float_bits, update
 
 BLOCK = 1024  # entries of a program; 8 for each of its 128 threads, all in flight at once
 
 
 @triton.jit
-def update_entries(weights, old, values, saved, inside, alpha_bits, MODE: tl.constexpr, KEEP: tl.constexpr):
-    """Pointers to the entries, to what they held, to their values and to where the old ones go; the same shape each."""
-    v = tl.load(values, mask=inside)
+def update_entries(weights, old, v, saved, inside, alpha_bits, MODE: tl.constexpr, KEEP: tl.constexpr):
+    """Pointers to the entries, to what they held and to where that goes; their values; the same shape each."""
     if MODE == REPLACE and not KEEP:
         tl.store(weights, v, mask=inside)
     else:
@@ -32,15 +32,25 @@ def update_entries(weights, old, values, saved, inside, alpha_bits, MODE: tl.con
         tl.store(weights, update(w, v, alpha_bits, MODE), mask=inside)
 
 
-@triton.jit(do_not_specialize=["alpha_bits"])
+@triton.jit(do_not_specialize=["nnz", "numel", "alpha_bits"])
 def scatter_apply_kernel(
-    weight, indices, values, saved, nnz, numel, alpha_bits, MODE: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr
+    weight,
+    indices,
+    values,
+    saved,
+    nnz: tl.int64,
+    numel: tl.int64,
+    alpha_bits: tl.int64,
+    MODE: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < nnz
     index = tl.load(indices + i, mask=inside, other=-1).to(tl.int64)
+    v = tl.load(values + i, mask=inside)
     inside = inside & (index >= 0) & (index < numel)
-    update_entries(weight + index, weight + index, values + i, saved + i, inside, alpha_bits, MODE, KEEP)
+    update_entries(weight + index, weight + index, v, saved + i, inside, alpha_bits, MODE, KEEP)
 
 
 def mode_of(alpha: float, additive: bool) -> int:
@@ -61,16 +71,10 @@ def scatter_apply(
     mode = mode_of(alpha, additive)
     view = as_bits if mode == REPLACE.value else as_kernel_type
     flat = view(weight)
-    scatter_apply_kernel[(triton.cdiv(nnz, BLOCK),)](
-        flat,
-        indices,
-        view(values),
-        flat if saved is None else view(saved),
-        nnz,
-        weight.numel(),
-        float_bits(alpha),
-        MODE=mode,
-        KEEP=saved is not None,
-        BLOCK=BLOCK,
-        enable_fp_fusion=False,
+    launch(
+        scatter_apply_kernel,
+        blocks(nnz, BLOCK),
+        (flat, indices, view(values), flat if saved is None else view(saved)),
+        (nnz, weight.numel(), float_bits(alpha)),
+        (mode, saved is not None, BLOCK),
     )

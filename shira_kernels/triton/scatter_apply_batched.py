@@ -1,9 +1,10 @@
 """scatter_apply_batched in Triton: one launch for all weights.
 
 The formula is that of scatter_apply. A table [2, n] int64 holds each weight's address and number of elements; offsets
-[n + 1] cut the arena. A program owns BLOCK neighbours of the arena and finds each one's weight by binary search in the
-offsets, which stay in cache. No two entries are the same place: no atomics, no race, deterministic. An index outside
-its weight is skipped; offsets that do not rise choose a wrong weight of the list, never anything outside.
+[n + 1] cut the arena. A program owns BLOCK neighbours of the arena and finds their weight by binary search in the
+offsets, which stay in cache; only where they are of several weights, each one's. No two entries are the same place: no
+atomics, no race, deterministic. An index outside its weight is skipped; offsets that do not rise choose a wrong weight
+of the list, never anything outside.
 
 Table and offsets stay on the device for the next calls, so a call that was just made can be captured in a graph, which
 then keeps them alive.
@@ -16,7 +17,9 @@ import triton
 import triton.language as tl
 
 from shira_kernels.bits import as_bits
-from shira_kernels.triton._batch import offsets_on, on_device, part_of
+from shira_kernels.triton import _batch
+from shira_kernels.triton._batch import on_device, parts_of
+from shira_kernels.triton._launch import blocks, launch
 from shira_kernels.triton._math import REPLACE, as_kernel_type, float_bits
 from shira_kernels.triton.scatter_apply import mode_of, update_entries
 
@@ -24,40 +27,40 @@ BLOCK = 512  # entries of a program: with 1024 the search for its part spills re
 
 
 @triton.jit
-def entries_of(table, offsets, indices, element, i, inside, count, STEPS: tl.constexpr):
-    """Of the positions i of an arena: pointers to the entries, their indices and parts, and which can be written."""
-    part = part_of(offsets, i, count, STEPS)
-    address = tl.load(table + part)
-    numel = tl.load(table + count + part)
-    index = tl.load(indices + i, mask=inside, other=-1).to(tl.int64)
-    return address.to(element.dtype) + index, index, part, inside & (index >= 0) & (index < numel)
+def entries_of(table, element, index, parts, count):
+    """Of indices and their parts: pointers to the entries, and which of them lie inside their weights."""
+    address = tl.load(table + parts)
+    numel = tl.load(table + count + parts)
+    return address.to(element.dtype) + index, (index >= 0) & (index < numel)
 
 
-@triton.jit(do_not_specialize=["alpha_bits", "count"])
+@triton.jit(do_not_specialize=["count", "nnz", "alpha_bits"])
 def scatter_apply_batched_kernel(
     table,
     offsets,
     indices,
     values,
-    saved,
-    element,  # any pointer of the weights' type: only its type is used
-    count,
-    nnz,
-    alpha_bits,
-    STEPS: tl.constexpr,
+    saved,  # of the weights' type; without KEEP only its type is used
+    count: tl.int32,
+    nnz: tl.int64,
+    alpha_bits: tl.int64,
     MODE: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    weights, _, _, inside = entries_of(table, offsets, indices, element, i, i < nnz, count, STEPS)
-    update_entries(weights, weights, values + i, saved + i, inside, alpha_bits, MODE, KEEP)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    # Both come from memory while the search goes on.
+    index = tl.load(indices + i, mask=i < nnz, other=-1).to(tl.int64)
+    v = tl.load(values + i, mask=i < nnz)
+    parts, _, _ = parts_of(offsets, i, first, tl.minimum(first + BLOCK, nnz) - 1, count, BLOCK)
+    weights, inside = entries_of(table, saved, index, parts, count)
+    update_entries(weights, weights, v, saved + i, inside, alpha_bits, MODE, KEEP)
 
 
-def table_of(weights: list[torch.Tensor]) -> torch.Tensor:
-    """[2, n] int64 on the weights' device: addresses and numbers of elements."""
-    addresses = (weight.data_ptr() for weight in weights)
-    return on_device(weights[0].device, (*addresses, *(weight.numel() for weight in weights)))
+def table_of(weights: list[torch.Tensor], *offsets: torch.Tensor) -> torch.Tensor:
+    """On the CPU: addresses and numbers of elements, and offsets."""
+    return _batch.table_of([[weight.data_ptr() for weight in weights], [w.numel() for w in weights]], offsets)
 
 
 def scatter_apply_batched(
@@ -68,26 +71,20 @@ def scatter_apply_batched(
     alpha: float = 1.0,
     additive: bool = False,
     saved: torch.Tensor | None = None,
+    *,
+    table: torch.Tensor | None = None,
 ) -> None:
     nnz = indices.numel()
     if nnz == 0:
         return
+    table = table_of(weights, offsets) if table is None else table
+    table, offsets = on_device(indices.device, table, 2, len(weights), (offsets,))
     mode = mode_of(alpha, additive)
     view = as_bits if mode == REPLACE.value else as_kernel_type
-    element = view(weights[0])
-    scatter_apply_batched_kernel[(triton.cdiv(nnz, BLOCK),)](
-        table_of(weights),
-        offsets_on(indices.device, offsets),
-        indices,
-        view(values),
-        element if saved is None else view(saved),
-        element,
-        len(weights),
-        nnz,
-        float_bits(alpha),
-        STEPS=len(weights).bit_length(),
-        MODE=mode,
-        KEEP=saved is not None,
-        BLOCK=BLOCK,
-        enable_fp_fusion=False,
+    launch(
+        scatter_apply_batched_kernel,
+        blocks(nnz, BLOCK),
+        (table, offsets, indices, view(values), view(weights[0] if saved is None else saved)),
+        (len(weights), nnz, float_bits(alpha)),
+        (mode, saved is not None, BLOCK),
     )
