@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from shira_kernels.triton import _math, _sparse_delta, masked_grad
+from shira_kernels.triton import _marks, _math, _sparse_delta, masked_grad
 from shira_kernels.triton import extract_changed as extract
 from shira_kernels.triton import fuse_adapters as fuse
 from shira_kernels.triton import masked_adamw as adamw
@@ -95,48 +95,77 @@ SCORES = {("i16", 0x7F80), ("i16", 0x7C00), ("i32", 0x7F800000), ("i64", 0x7FF00
 def topk_variants() -> Iterator[Variant]:
     for kind, infinity in sorted(SCORES):
         bits = int(kind[1:])
-        constants = {"NAN_ABOVE": infinity, "BITS": bits, "BLOCK": topk.BLOCK}
-        common = {"score": f"*{kind}", "numel": "i64", "state": "*i64"}
-        numbers = {"shares": "*i64", "ends": "*i64", "programs": "i64"}
-        for shift in range(0, bits, 8):
-            digit = {"SHIFT": shift, "FIRST": shift == bits - 8, "DIGITS": topk.DIGITS}
-            kernels = [(topk.topk_count_kernel, {**common, "counts": "*i64"}, {**digit, **constants})]
-            kernels.append((topk.topk_choose_kernel, {"state": "*i64", "counts": "*i64"}, digit))
-            for kernel, signature, values in kernels:
-                yield kernel, {**signature, **dict.fromkeys(values, "constexpr")}, values
-        constant = dict.fromkeys(constants, "constexpr")
-        shares = {name: numbers[name] for name in ("shares", "programs")}
-        yield topk.topk_share_kernel, {**common, **shares, **constant}, constants
-        for index in ("i32", "i64"):
-            yield topk.topk_emit_kernel, {**common, **numbers, "result": f"*{index}", **constant}, constants
+        score = {"NAN_ABOVE": infinity, "BITS": bits, "DIGIT": topk.DIGIT}
+        table = {**score, "COPIES": topk.COPIES}
+        common = {"score": f"*{kind}", "numel": "i64", "state": "*i64", "table": "*i32"}
+        ranks = dict.fromkeys(("wanted", "high_rank", "low_rank"), "i64")
+        marked = {**common, "marks": "*i32", "words": "i64"}
+        block = {"WORDS": _marks.words_of_a_block(bits // 8)}
+        forms = [
+            (topk.topk_sample_kernel, {**common, **ranks}, {**score, "SAMPLE_BITS": topk.SAMPLE.bit_length() - 1}),
+            (topk.topk_mark_kernel, marked, {**table, **block}),
+        ]
+        for first, last in ((True, False), (False, False), (False, True)):
+            form = {"FIRST": first, "LAST": last, "WORDS": _marks.WORDS}
+            forms.append((topk.topk_narrow_kernel, {**marked, "shares": "*i32"}, {**table, **form}))
+        for kernel, signature, constants in forms:
+            yield kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants
+    for index in ("i32", "i64"):
+        yield written(index, "i32", {"TIES": True, "VALUES": False, "PER": 1})
 
 
 def extract_variants() -> Iterator[Variant]:
-    for kind in ("u8", "i16", "i32", "i64"):
-        constants = {"BLOCK": extract.BLOCK}
-        common = {"base": f"*{kind}", "tuned": f"*{kind}", "numel": "i64", "counts": "*i64"}
-        constant = dict.fromkeys(constants, "constexpr")
-        yield extract.extract_count_kernel, {**common, **constant}, constants
+    for kind, size in (("u8", 1), ("i16", 2), ("i32", 4), ("i64", 8)):
+        words = _marks.words_of_a_block(size)
+        constants = {"WORDS": words}
+        common = {"base": f"*{kind}", "tuned": f"*{kind}", "numel": "i64", "marks": "*i32", "counts": "*i32"}
+        yield extract.extract_mark_kernel, {**common, **dict.fromkeys(constants, "constexpr")}, constants
         for index in ("i32", "i64"):
-            results = {"ends": "*i64", "indices": f"*{index}", "values": f"*{kind}"}
-            yield extract.extract_write_kernel, {**common, **results, **constant}, constants
+            yield written(index, kind, {"TIES": False, "VALUES": True, "PER": _marks.WORDS // words})
+
+
+def written(index: str, kind: str, form: dict[str, Any]) -> Variant:
+    """Marks as indices of one type, with values of another."""
+    constants = {**form, "WORDS": _marks.WORDS}
+    signature = {
+        "marks": "*i32",
+        "words": "i64",
+        "counts": "*i32",
+        "ends": "*i64",
+        "blocks": "i64",
+        "ties_wanted": "*i64",
+        "indices": f"*{index}",
+        **dict.fromkeys(("source", "values"), f"*{kind}"),
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    return _marks.write_marked_kernel, signature, constants
 
 
 def fuse_variants() -> Iterator[Variant]:
-    for (policy, number), index in itertools.product(fuse.POLICIES.items(), ("i32", "i64")):
-        for kind in ("i16", "i32", "i64") if policy == "last" else ("fp64", "fp32", "i16", "fp16"):
-            constants = {"POLICY": number.value, "BLOCK": fuse.BLOCK}
-            signature = {
-                **dict.fromkeys(("union", "indices"), f"*{index}"),
-                "values": f"*{kind}",
-                "weights": "*fp32",
-                "offsets": "*i64",
-                "result": f"*{kind}",
-                "n": "i64",
-                **dict.fromkeys(("number", "steps"), "i32"),
-                **dict.fromkeys(constants, "constexpr"),
-            }
-            yield fuse.fuse_adapters_kernel, signature, constants
+    for index, entry in (("i32", "i32"), ("i64", "i32"), ("i64", "i64")):
+        lists = {"indices": f"*{index}", "offsets": "*i64", "number": "i32"}
+        parts = {**lists, "blocks": "*i64", "cuts": f"*{entry}"}
+        ranked = {"order": f"*{entry}", "total": "i64", "counts": "*i32"}
+        constants = {"BLOCK": fuse.BLOCK}
+        for kernel, signature in (
+            (fuse.fuse_cut_kernel, {**parts, "longest": "i64", "cut_count": "i64"}),
+            (fuse.fuse_rank_kernel, {**parts, "order": f"*{entry}"}),
+            (fuse.fuse_count_kernel, ranked),
+        ):
+            yield kernel, {**signature, "BLOCK": "constexpr"}, constants
+        for policy, number in fuse.POLICIES.items():
+            for kind in ("i16", "i32", "i64") if policy == "last" else ("fp64", "fp32", "i16", "fp16"):
+                constants = {"POLICY": number.value, "BLOCK": fuse.BLOCK}
+                signature = {
+                    **lists,
+                    **ranked,
+                    **dict.fromkeys(("values", "result"), f"*{kind}"),
+                    "weights": "*fp32",
+                    "ends": "*i64",
+                    "union": f"*{index}",
+                    **dict.fromkeys(constants, "constexpr"),
+                }
+                yield fuse.fuse_write_kernel, signature, constants
 
 
 def scatter_variants() -> Iterator[Variant]:
