@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -85,6 +86,81 @@ def test_positions_are_those_of_the_shape_whatever_the_strides(backend: Backend)
     check(backend, score[:, :, ::2, 1:], 7)
     check(backend, score[0, 0, 0].expand(6, 5), 9)
     check(backend, torch._neg_view(score), 31)
+
+
+def sampled_positions(numel: int, sample: int) -> torch.Tensor:
+    """Where the Triton kernel looks first."""
+    j = torch.arange(sample)
+    begin = j * numel // sample
+    width = (j + 1) * numel // sample - begin
+    mixed = j * 0x9E3779B1 % 2**32
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77 % 2**32
+    return begin + ((mixed >> 16) * width >> 16)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_that_misleads(backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the Triton kernel looks, scores are larger, or smaller, than all others: it must look again."""
+    sample, numel = 1024, 40_000
+    if backend.name == "triton":
+        monkeypatch.setattr(importlib.import_module("shira_kernels.triton.topk_indices"), "SAMPLE", sample)
+    score = torch.randn(numel, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    places = sampled_positions(numel, sample)
+    assert len(set(places.tolist())) == sample
+    for shift in (20, -20):
+        shifted = score.index_add(0, places, torch.full((sample,), shift, dtype=torch.float64)).to(dtype)
+        with backends.use("reference"):
+            expected = torch.ops.shira.topk_indices(shifted, 4000)
+        threshold = shifted[expected.long()].min()
+        assert (shifted[places] > threshold).all() if shift > 0 else (shifted[places] < threshold).all()
+        with backend.running():
+            assert torch.equal(torch.ops.shira.topk_indices(shifted.to(backend.device), 4000).cpu(), expected)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_scores_in_several_programs(backend: Backend, dtype: torch.dtype) -> None:
+    """Few and many of them, cut in the middle of a word, also where almost all are taken."""
+    generator = torch.Generator().manual_seed(2)
+    score = torch.randn(40_000, generator=generator).to(dtype)
+    few, many = score.clone(), score.clone()
+    few[torch.randint(40_000, (1200,), generator=generator)] = 2.0
+    many[torch.rand(40_000, generator=generator) < 0.9] = 0.25
+    above = [int((scores > tied).sum()) for scores, tied in ((few, 2.0), (many, 0.25))]
+    for scores, k in ((few, above[0] + 701), (many, above[1] + 20_011), (many, above[1] + 3), (many, 39_000)):
+        with backends.use("reference"):
+            expected = torch.ops.shira.topk_indices(scores, k)
+        with backend.running():
+            assert torch.equal(torch.ops.shira.topk_indices(scores.to(backend.device), k).cpu(), expected)
+
+
+TRITON = [
+    pytest.param(backend, id=backend.device, marks=[pytest.mark.gpu] if backend.device == "cuda" else [])
+    for backend in BACKENDS
+    if backend.name == "triton" and not backend.missing(OP)
+]
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_ranks_first_where_it_is_not_refused(backend: Backend, dtype: torch.dtype) -> None:
+    """Of either sign and any payload, above infinity; of several NaNs the first."""
+    launch = importlib.import_module("shira_kernels.triton.topk_indices").topk_indices
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    infinity = torch.tensor(math.inf, dtype=dtype).view(integers)
+    nans = torch.stack([infinity + 1, ~infinity, infinity + 5, torch.full_like(infinity, -1)]).view(dtype)
+    assert nans.isnan().all()
+    score = torch.randn(9000, generator=torch.Generator().manual_seed(3)).to(dtype)
+    score[5], score[8000] = math.inf, -math.inf
+    places = torch.tensor([7, 100, 101, 8999])
+    score[places] = nans
+    numbers = torch.where(score.isnan(), 0, score).double()
+    for k in (1, 3, 4, 5, 40, 9000):
+        others = numbers.sort(descending=True, stable=True).indices.tolist()
+        expected = sorted([*places.tolist(), *(i for i in others if i not in places.tolist())][:k])
+        assert launch(score.to(backend.device), k).tolist() == expected
+    assert launch(torch.full((9000,), math.nan, dtype=dtype, device=backend.device), 5000).tolist() == list(range(5000))
 
 
 @given(
