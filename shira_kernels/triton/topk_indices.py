@@ -253,7 +253,7 @@ def topk_narrow_kernel(
     above, between = load_marks(marks, word, words), load_marks(marks + words, word, words)
     if FIRST:
         either = above | between
-        neither = first_bits(numel - word * 32) & ~either
+        neither = first_bits(numel - word * 32) ^ either
         between = tl.where(side == OVER, above, tl.where(side == INSIDE, between, neither))
         above = tl.where(side == OVER, above ^ above, tl.where(side == INSIDE, above, either))
     shift = tl.load(state + SHIFT)
