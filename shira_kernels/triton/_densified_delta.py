@@ -140,6 +140,7 @@ def densified_product(
             ADD=add,
             TOKENS=TOKENS,
             ROWS=ROWS,
+            enable_fp_fusion=True,
         )
         if first + most < rows:
             scatter_kernel[grid](*some, CLEAR=True, ENTRIES=ENTRIES)

@@ -183,4 +183,5 @@ def by_tiles(
         COLUMNS=COLUMNS,
         TOKENS=TOKENS[x.element_size()],
         PICKED=PICKED,
+        enable_fp_fusion=True,
     )
