@@ -58,8 +58,8 @@ void for_each_batch(const BatchCall (&lists)[Target::kLists], const MakeTarget& 
     }
     if (!has_entries) continue;
     for (int i = 0; i < batch.count; ++i) {
-      const Tensor& weight = lists[0].parts[first + i].weight;
-      WeightTarget<Target::kLists> common{weight.data_ptr(), weight.numel(), {}};
+      const WeightPart& weight = lists[0].parts[first + i];
+      WeightTarget<Target::kLists> common{weight.data, weight.numel, {}};
       for (int list = 0; list < Target::kLists; ++list) common.begin[list] = lists[list].parts[first + i].begin;
       batch.targets[i] = target(first + i, common);
     }

@@ -199,7 +199,7 @@ __device__ inline void switch_block(
 }
 
 template <Mode kMode, int kParts, bool kWide, class T, class V>
-__global__ void __launch_bounds__(kThreads, kWide ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, kWide || sizeof(T) == 8 ? 3 : 4)  // registers: none spilled
     scatter_switch_kernel(const __grid_constant__ Batch<WeightTarget<2>, kParts> batch,
                           const __grid_constant__ SwitchLists<kWide, T, V> lists, unsigned new_blocks, double alpha) {
   using Index = typename IndexList<kWide>::Index;
