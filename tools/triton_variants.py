@@ -100,7 +100,7 @@ def topk_variants() -> Iterator[Variant]:
         common = {"score": f"*{kind}", "numel": "i64", "state": "*i64", "table": "*i32"}
         ranks = dict.fromkeys(("wanted", "high_rank", "low_rank"), "i64")
         marked = {**common, "marks": "*i32", "words": "i64"}
-        block = {"WORDS": _marks.words_of_a_block(bits // 8)}
+        block = {"WORDS": max(_marks.words_of_a_block(bits // 8), topk.FEWEST_WORDS)}
         forms = [
             (topk.topk_sample_kernel, {**common, **ranks}, {**score, "SAMPLE_BITS": topk.SAMPLE.bit_length() - 1}),
             (topk.topk_mark_kernel, marked, {**table, **block}),
