@@ -149,7 +149,9 @@ def test_nan_ranks_first_where_it_is_not_refused(backend: Backend, dtype: torch.
     launch = importlib.import_module("shira_kernels.triton.topk_indices").topk_indices
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
     infinity = torch.tensor(math.inf, dtype=dtype).view(integers)
-    nans = torch.stack([infinity + 1, ~infinity, infinity + 5, torch.full_like(infinity, -1)]).view(dtype)
+    nans = torch.stack([infinity + 1, (infinity + 1) ^ torch.iinfo(integers).min, infinity + 5, ~(infinity * 0)]).view(
+        dtype
+    )
     assert nans.isnan().all()
     score = torch.randn(9000, generator=torch.Generator().manual_seed(3)).to(dtype)
     score[5], score[8000] = math.inf, -math.inf

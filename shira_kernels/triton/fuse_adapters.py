@@ -112,7 +112,7 @@ def fuse_count_kernel(order, total, counts, BLOCK: tl.constexpr):
 def entry_of(order, rank, total, taken, first, begin, end):
     """The entry that follows `taken` others of its position, and whether it is of the list [begin, end)."""
     held = first & (rank + taken < total)
-    entry = tl.load(order + rank + taken, mask=held, other=-1).to(tl.int64)
+    entry = tl.load(order + rank + taken, mask=held, other=-1)
     held = held & ((taken == 0) | (entry < 0))
     entry = tl.where(entry < 0, ~entry, entry)
     return entry, held & (entry >= begin) & (entry < end)
@@ -133,10 +133,10 @@ def fuse_write_kernel(
     """counts, ends [programs]: how many firsts each block of ranks has, and the sums up to and with it."""
     block = tl.program_id(0).to(tl.int64)
     rank = block * BLOCK + tl.arange(0, BLOCK)
-    entry = tl.load(order + rank, mask=rank < total, other=-1).to(tl.int64)
+    entry = tl.load(order + rank, mask=rank < total, other=-1)
     first = entry >= 0
     one = first.to(tl.int32)
-    place = tl.load(ends + block) - tl.load(counts + block) + tl.cumsum(one, 0) - one
+    place = (tl.load(ends + block) - tl.load(counts + block)).to(entry.dtype) + tl.cumsum(one, 0) - one
     position = tl.load(indices + entry, mask=first & (entry < total), other=0)
     tl.store(union + place, position, mask=first)
     kind: tl.constexpr = result.dtype.element_ty

@@ -42,6 +42,7 @@ from shira_kernels.triton._marks import (
 SAMPLE = 8192  # a power of 2, below 2^15
 DEVIATIONS = 4  # from the sample's rank to those of the two keys: it misleads once in 10^4 times
 DIGIT = 11  # bits
+FEWEST_WORDS = 128  # of a program of the first pass; with 64 that of float64 spills a register on sm_80
 COPIES = 8  # of the table of counts, so that programs seldom add to one number at once
 
 # What state holds, in int64.
@@ -300,7 +301,7 @@ def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
     flat = as_bits(score.detach().resolve_neg().contiguous())
     bits = 8 * flat.element_size()
     constants = {"NAN_ABOVE": infinity_bits(score.dtype), "BITS": bits, "DIGIT": DIGIT}
-    block = words_of_a_block(flat.element_size())
+    block = max(words_of_a_block(flat.element_size()), FEWEST_WORDS)
     words = triton.cdiv(numel, block * 32) * block
     programs = triton.cdiv(words, WORDS)
     state = torch.empty(STATE, dtype=torch.int64, device=device)
