@@ -54,7 +54,7 @@ def list_of(firsts, number, i):
     return k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["longest"])  # it is halved in a loop, which a constant 1 could not be
 def fuse_cut_kernel(indices, offsets, blocks, number, longest, cuts, cut_count, BLOCK: tl.constexpr):
     """cuts [blocks, K]: where the first position of each block of a list belongs in each list."""
     cut = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

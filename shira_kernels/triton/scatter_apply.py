@@ -17,7 +17,7 @@ from shira_kernels.bits import as_bits
 from shira_kernels.triton._launch import blocks, launch
 from shira_kernels.triton._math import ADD, INTERPOLATE, REPLACE, as_kernel_type, float_bits, update
 
-BLOCK = 1024  # entries of a program; 8 for each of its 128 threads, all in flight at once
+BLOCK = 512  # entries of a program; 4 for each of its 128 threads, all in flight: 8 spill registers on triton 3.6
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from shira_kernels.triton._math import REPLACE, as_kernel_type, float_bits
 from shira_kernels.triton.scatter_apply import mode_of, update_entries
 from shira_kernels.triton.scatter_apply_batched import entries_of, table_of
 
-BLOCK = 512  # entries of a program: with 1024 the searches spill registers
+BLOCK = 256  # entries of a program: with 512 the searches spill registers on triton 3.6
 
 
 @triton.jit
