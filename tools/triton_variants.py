@@ -146,16 +146,15 @@ def fuse_variants() -> Iterator[Variant]:
         lists = {"indices": f"*{index}", "offsets": "*i64", "number": "i32"}
         parts = {**lists, "blocks": "*i64", "cuts": f"*{entry}"}
         ranked = {"order": f"*{entry}", "total": "i64", "counts": "*i32"}
-        constants = {"BLOCK": fuse.BLOCK}
-        for kernel, signature in (
-            (fuse.fuse_cut_kernel, {**parts, "longest": "i64", "cut_count": "i64"}),
-            (fuse.fuse_rank_kernel, {**parts, "order": f"*{entry}"}),
-            (fuse.fuse_count_kernel, ranked),
+        for kernel, signature, block in (
+            (fuse.fuse_cut_kernel, {**parts, "longest": "i64", "cut_count": "i64"}, fuse.BLOCK),
+            (fuse.fuse_rank_kernel, {**parts, "order": f"*{entry}"}, fuse.BLOCK),
+            (fuse.fuse_count_kernel, ranked, fuse.RANKS),
         ):
-            yield kernel, {**signature, "BLOCK": "constexpr"}, constants
+            yield kernel, {**signature, "BLOCK": "constexpr"}, {"BLOCK": block}
         for policy, number in fuse.POLICIES.items():
             for kind in ("i16", "i32", "i64") if policy == "last" else ("fp64", "fp32", "i16", "fp16"):
-                constants = {"POLICY": number.value, "BLOCK": fuse.BLOCK}
+                constants = {"POLICY": number.value, "BLOCK": fuse.RANKS}
                 signature = {
                     **lists,
                     **ranked,
