@@ -6,7 +6,7 @@ Shapes: indices, values: K lists, one after the other, [total] entries; offsets 
 union, result [n]. No sort: an entry's rank among all entries is its place in its own list plus those that a search in
 each other list finds; of equal positions the earlier list's is first. A program looks up ranks for BLOCK entries of one
 list, within windows of the other lists that were cut before. order[rank] = entry, ~entry unless it is the first of its
-position. The firsts of each BLOCK of ranks are counted, the host reads their number, n, and each first adds up the
+position. Of each RANKS ranks the firsts are counted, the host reads their number, n, and each first adds up the
 entries that follow it until the next one: these are its position's, in the order of the lists.
 
 A rank has one entry, a result one writer: no atomics, no race, deterministic. Arithmetic in float32 (float64 for
@@ -29,7 +29,8 @@ from shira_kernels.triton._math import as_kernel_type, divide, narrow, widen
 
 SUM, MEAN, LAST, TIES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 POLICIES = {"sum": SUM, "mean": MEAN, "last": LAST, "ties": TIES}
-BLOCK = 256  # entries, or ranks, of a program
+BLOCK = 256  # entries of a program that ranks them
+RANKS = 128  # ranks of a program that counts or writes; with 256, ties spill a register on sm_80
 
 
 @triton.jit
@@ -201,15 +202,15 @@ def fuse_adapters(
         return positions, entries
     order = positions.new_empty(total, dtype=torch.int32 if total < 2**31 else torch.int64)
     offsets = rank_entries(positions, [part.numel() for part in indices], order)
-    programs = triton.cdiv(total, BLOCK)
+    programs = triton.cdiv(total, RANKS)
     counts = order.new_empty(programs, dtype=torch.int32)
-    fuse_count_kernel[(programs,)](order, total, counts, BLOCK=BLOCK)
+    fuse_count_kernel[(programs,)](order, total, counts, BLOCK=RANKS)
     ends = counts.cumsum(0)
     n = int(ends[-1])
     union, result = positions.new_empty(n), entries.new_empty(n)
     as_type = as_bits if policy == "last" else as_kernel_type
     fuse_write_kernel[(programs,)](
         positions, as_type(entries), weights, offsets, len(indices), order, total, counts, ends, union, as_type(result),
-        POLICY=POLICIES[policy], BLOCK=BLOCK, enable_fp_fusion=False,
+        POLICY=POLICIES[policy], BLOCK=RANKS, enable_fp_fusion=False,
     )  # fmt: skip
     return union, result
