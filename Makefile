@@ -27,8 +27,9 @@ TRITON_STAMP := $(VENV)/.triton-$(OLDEST_TRITON)
 demo: $(BUILT)
 	$(VENV)/bin/shira demo --force $(DEMO_ARGS)
 
+# A process for each of two cores, with one thread where a test does not ask for more.
 test: $(BUILT)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # The oldest versions that are supported, 5 GB each. With nvcc of CUDA 13 nothing builds for torch 2.10, whose CUDA is 12.8.
 test-versions:

@@ -105,7 +105,7 @@ def interpreted(tree: ast.Module) -> list[ast.stmt]:
     return [node for statement in found for node in ast.walk(statement) if isinstance(node, ast.stmt)]
 
 
-def test_sizes_and_alignment_are_those_of_the_call() -> None:
+def test_types_and_alignment_are_those_of_the_call() -> None:
     code = """
 import json, torch
 from pretended_gpu import PretendedGpu
@@ -120,9 +120,9 @@ with gpu:
 print(json.dumps([str(variant).split(", MODE")[0] for variant in gpu.variants]))
 """
     assert result_of(code) == [
-        "scatter_apply_kernel(weight:*i16%16, indices:*i32%16, values:*i16, saved:*i16%16, nnz:i32, numel:i32%16, "
+        "scatter_apply_kernel(weight:*i16%16, indices:*i32%16, values:*i16, saved:*i16%16, nnz:i64, numel:i64, "
         "alpha_bits:i64",
-        "scatter_apply_kernel(weight:*u8%16, indices:*i64%16, values:*u8%16, saved:*u8%16, nnz=1, numel:i64%16, "
+        "scatter_apply_kernel(weight:*u8%16, indices:*i64%16, values:*u8%16, saved:*u8%16, nnz:i64, numel:i64, "
         "alpha_bits:i64",
     ]
 
@@ -200,17 +200,17 @@ print(json.dumps([made, instructions_of(open(file.name, "rb").read()), listing])
 
 
 def test_the_tool_prints_a_line_for_each_kernel_and_fails_for_a_problem() -> None:
-    command = [sys.executable, "tools/compile_gpu.py", "--no-cuda", "--targets", "gfx942", "--only", "topk_choose"]
+    command = [sys.executable, "tools/compile_gpu.py", "--no-cuda", "--targets", "gfx942", "--only", "transpose"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     versions, _, *lines = done.stdout.splitlines()
     assert re.match(r"torch 2\S+, triton 3\S+", versions)
-    assert [line.split()[:3] for line in lines] == [["triton", "gfx942", "topk_choose_kernel"]]
-    assert int(lines[0].split()[3]) >= 8  # the digits of a key of 64 bits
+    assert [line.split()[:3] for line in lines] == [["triton", "gfx942", "transpose_kernel"]]
+    assert int(lines[0].split()[3]) >= 2  # the types of x
     code = """
 import contextlib, io, json, sys
 import compile_gpu
-sys.argv = ["compile_gpu.py", "--no-cuda", "--targets", "sm_90", "--only", "topk_choose", "--json"]
+sys.argv = ["compile_gpu.py", "--no-cuda", "--targets", "sm_90", "--only", "transpose", "--json"]
 problems = ["", "spills"]
 compile_gpu.compile_triton = lambda variant: compile_gpu.Compiled("k", str(variant), 255, 8, 1, problem)
 said = []
@@ -222,6 +222,6 @@ for problem in problems:
 print(json.dumps(said))
 """
     (good, data, silent), (bad, _, told) = result_of(code)
-    assert (good, "topk_choose" in silent, bad) == (0, False, 1)
-    assert "triton sm_90: spills: topk_choose_kernel(" in told
+    assert (good, "transpose" in silent, bad) == (0, False, 1)
+    assert "triton sm_90: spills: transpose_kernel(" in told
     assert data["compiled"]["triton sm_90"][0]["registers"] == 255

@@ -54,7 +54,8 @@ def reason_missing() -> str:
 
 def build(flags: tuple[str, ...] = CHECKED) -> Path:
     """The shared library, built where the temporary files are; what is there from the same sources is used."""
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("host/*.cpp")), HERE / "emulation.cpp"]
+    host = [path for path in sorted(CSRC.glob("host/*.cpp")) if path.stem != "tables"]  # that registers other ops
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), *host, HERE / "emulation.cpp"]
     headers = [
         *(path for folder in ("cuda", "host", "shared") for path in sorted(CSRC.glob(f"{folder}/*.*h"))),
         *(path for path in sorted((HERE / "include").rglob("*")) if path.is_file()),
