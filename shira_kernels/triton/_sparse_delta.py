@@ -10,8 +10,8 @@ and tokens without an adapter are not written. Adapters, pages and columns that 
 rows clamped: nothing outside the operands is read or written, whatever they hold.
 
 decode_kernel: a program owns ROWS rows of one token, gathers x at ENTRIES entries of each row at a time, and sums them.
-One token of bfloat16 and 1 % of 4096 x 4096 on an H100: 0.7 MB of entries take 0.2 us, the floor; about 4 us are
-expected with the launch, for borders, columns, and x are loads that wait for each other.
+One token of bfloat16 and 1 % of 4096 x 4096 on an H100: 0.7 MB of entries take 0.2 us, the floor; about 5 us are
+expected with the launch, for borders, columns, and x are loads that wait for each other, three times for 41 entries.
 prefill_kernel: a program owns ROWS rows of TOKENS tokens. transpose_kernel copies x first, so that what an entry
 multiplies is one contiguous vector. Tokens are sorted by adapter, on the device and with fixed shapes, so that the call
 can be captured in a graph; a block of tokens goes through its adapters in turn.
@@ -28,7 +28,7 @@ import triton.language as tl
 from shira_kernels.triton._math import as_kernel_type, narrow, widen
 
 FEW_TOKENS = 16  # up to here the decode kernel runs
-DECODE_ROWS, DECODE_ENTRIES = 16, 64  # most rows of a mask of 1 % are done in one step, whose loads are all in flight
+DECODE_ROWS, DECODE_ENTRIES = 32, 16  # more entries at a time spill registers on sm_80
 ROWS = 8  # of a tile: what is written for one token is a vector of 16 bytes of bfloat16
 TOKENS, WIDE_TOKENS = 64, 256  # of a tile of 4 warps, and of 8, whose threads each have a vector of 8 tokens
 MANY_TOKENS = 512  # of one adapter: from here tiles are wide

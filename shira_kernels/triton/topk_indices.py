@@ -315,7 +315,7 @@ def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
         num_warps=16,
     )  # fmt: skip
     constants["COPIES"] = COPIES
-    topk_mark_kernel[(words // block,)](flat, numel, state, table, marks, words, **constants, WORDS=block)
+    topk_mark_kernel[(words // block,)](flat, numel, state, table, marks, words, **constants, WORDS=block, num_warps=8)
     digits = triton.cdiv(bits, DIGIT)
     for number in range(digits + 1):
         form = {"FIRST": number == 0, "LAST": number == digits, "WORDS": WORDS}
