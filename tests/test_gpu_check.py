@@ -411,7 +411,10 @@ def run_dummy_tests(tmp_path: Path, gpu: Any, *options: str) -> tuple[int, dict[
     return done.returncode, {name.rpartition("::")[2]: r["outcome"] for name, r in worst.items()}, done.stdout
 
 
-def test_a_cuda_error_ends_pytest_where_no_worker_can_take_its_place(tmp_path: Path, gpu: Any) -> None:
+def test_a_cuda_error_ends_pytest_where_no_worker_can_take_its_place(
+    tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test's own worker is none of the one it starts
     code, outcomes, output = run_dummy_tests(tmp_path, gpu)
     assert code == 3
     assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_poisons": "failed"}
