@@ -38,7 +38,7 @@ from switching_sides import (
 )
 
 import shira
-from shira.io import write_atomically
+from shira.files.atomic import write_atomically
 
 ARCHITECTURE = Architecture("2 Llama layers, hidden 256", llama_shapes(256, 704, 2), rank=2)
 DTYPES = ("float32", "bfloat16")

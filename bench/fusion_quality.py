@@ -27,8 +27,8 @@ from study import StudyError, autocast, schedule
 from torch import nn
 
 import shira
-from shira.demo import base, corpus
-from shira.demo.run import sample_windows
+from shira.cli.demo import base, corpus
+from shira.cli.demo.run import sample_windows
 
 DOMAINS = ("cpp", "prose")
 

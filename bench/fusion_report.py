@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import study
 from study import INK
 
-from shira.io import write_atomically
+from shira.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     from fusion_quality import Results
@@ -248,7 +248,7 @@ def _tuning(results: Results) -> list[str]:
 
 
 def _conditions(results: Results, table: list[Row], command: str) -> list[str]:
-    from shira.demo.base import CONTEXT
+    from shira.cli.demo.base import CONTEXT
 
     s, conditions = results.settings, results.conditions
     versions = ", ".join(f"{name} {version}" for name, version in results.header["versions"].items())

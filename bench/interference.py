@@ -3,8 +3,8 @@
 python bench/interference.py --output bench/results/interference      about 10 minutes on one core
 python bench/interference.py --output /tmp/interference --quick       small sizes, few draws: seconds
 
-The paper does not say how its adapters were drawn; `draw` says how these are. SHiRA's are measured by `shira.metrics`,
-as sparse matrices; the others here, as dense ones.
+The paper does not say how its adapters were drawn; `draw` says how these are. SHiRA's are measured by
+`shira.adapter.metrics`, as sparse matrices; the others here, as dense ones.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shira import AdapterTensor, masks
-from shira.io import write_atomically
-from shira.metrics import Interference, interference_of
+from shira.adapter.metrics import Interference, interference_of
+from shira.files.atomic import write_atomically
 
 DESIGNS = ("dense", "sparse LoRA", "SHiRA-WM", "SHiRA-Struct")
 FACTOR_DENSITY = 0.2  # of the sparse LoRA's factors

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from shira.io import write_atomically
+from shira.files.atomic import write_atomically
 
 _COLOURS = {"dense": "#3c4043", "sparse LoRA": "#2f6fb5", "SHiRA-WM": "#d9772b", "SHiRA-Struct": "#1d8a74"}
 _INK = "#303438"

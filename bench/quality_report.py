@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import study
 from study import COLOURS, INK
 
-from shira.io import write_atomically
+from shira.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     from quality import Results

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from shira.io import write_atomically
+from shira.files.atomic import write_atomically
 
 LEGEND = """\
 - **ratio**: this side's time over ours, round by round: the median, and in brackets the middle half of the rounds.

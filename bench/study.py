@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from shira.io import write_atomically
+from shira.files.atomic import write_atomically
 
 INK = "#303438"
 COLOURS = {"probe": "#9aa0a6", "full": "#3c4043", "lora": "#2f6fb5", "dora": "#2f6fb5", "shira": "#d9772b"}

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from bench_unfused import FUSED
 
-from shira.io import write_atomically
+from shira.files.atomic import write_atomically
 
 _INK = "#303438"
 Point = tuple[int, float, float, float]  # tokens; ratio of fused over unfused: median, and the middle half

@@ -20,9 +20,9 @@ import independent_reader
 import torch
 
 import shira
-from shira import adapter_file
 from shira.adapter import checksum_of
-from shira.select import choose_entries
+from shira.adapter import file as adapter_file
+from shira.masks.choose import choose_entries
 
 HUGE = [2**31, 2**53, 2**62, 2**63, 2**64, -(2**63), 10**400]
 HOSTILE: list[Any] = [

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from test_attach import mlp
 
 import shira
-from shira import adapter_file
 from shira.adapter import checksum_of
+from shira.adapter import file as adapter_file
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHECKSUM = "0123456789abcdef" * 2
@@ -396,7 +396,7 @@ def test_the_example_of_the_document() -> None:
 WRITE = """
 import os, sys
 from pathlib import Path
-from shira.io import write_atomically
+from shira.files.atomic import write_atomically
 first, second = (Path(path).read_bytes() for path in sys.argv[1:3])
 target = Path(sys.argv[1]).with_name("target")
 print("ready", flush=True)

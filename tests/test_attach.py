@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import shira
-from shira.select import tensor_seed
+from shira.masks.choose import tensor_seed
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -1010,7 +1010,7 @@ def test_no_comparison_once_steps_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
     model = mlp()
     handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
     train(model, handle)
-    monkeypatch.setattr(shira.layers.Target, "_differs", lambda self: pytest.fail("compared"))
+    monkeypatch.setattr(shira.training.layers.Target, "_differs", lambda self: pytest.fail("compared"))
     for _ in range(3):  # accumulation
         model(torch.randn(2, 6)).sum().backward()
 
@@ -1019,7 +1019,7 @@ def test_the_hook_on_steps_goes_with_the_last_handle() -> None:
     from torch.optim import optimizer
 
     gc.collect()
-    shira.layers._Steps._targets.clear()
+    shira.training.layers._Steps._targets.clear()
     model, other = mlp(), mlp()
     handles = [shira.attach(net, shira.ShiraConfig("all-linear", density=0.5)) for net in (model, other)]
     before = len(optimizer._global_optimizer_post_hooks)

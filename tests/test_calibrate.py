@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import shira
-from shira import calibrate as module
-from shira.calibrate import calibrate
-from shira.select import choose_entries
+from shira.masks import calibrate as module
+from shira.masks.calibrate import calibrate
+from shira.masks.choose import choose_entries
 
 
 class Model(nn.Module):

@@ -19,7 +19,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from test_unfused import NAMES, Small, check_pages, check_rows, enter, in_another_thread, inputs, make, small_bank
 
 import shira
-from shira import pages, unfused
+from shira.serving import layers as unfused
+from shira.serving import pages
 
 Delta = tuple[torch.Tensor, torch.Tensor]  # the input of a layer, and what it added to the layer's output
 

@@ -10,8 +10,9 @@ import torch
 from command_line import exit_code_of
 from safetensors.torch import save_file
 
-from shira import Adapter, AdapterTensor, latency
+from shira import Adapter, AdapterTensor
 from shira.adapter import checksum_of
+from shira.cli import bench as latency
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -57,7 +58,7 @@ def test_adapters_on_their_base(
 
 def test_all_ways_do_the_same_work(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A switch that writes other entries is not measured."""
-    monkeypatch.setattr("shira.arena.scatter_apply_batched", lambda *arguments: None)
+    monkeypatch.setattr("shira.serving.arena.scatter_apply_batched", lambda *arguments: None)
     with pytest.raises(RuntimeError, match="a switch wrote other entries than the adapter's"):
         latency.run_bench([files / "a.safetensors"], base=files / "base.safetensors", seconds=0.0)
 

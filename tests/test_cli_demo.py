@@ -73,8 +73,8 @@ def test_without_transformers_it_says_what_to_install(
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    from shira.demo import base, corpus
-    from shira.demo import run as demo
+    from shira.cli.demo import base, corpus
+    from shira.cli.demo import run as demo
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
@@ -134,7 +134,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_scored_windows_are_spread() -> None:
-    from shira.demo import run as demo
+    from shira.cli.demo import run as demo
 
     data = torch.arange(1000).repeat_interleave(256).remainder(251).to(torch.uint8)
     rows = demo.sample_windows(data, 3 * 256 + 5).view(-1, 256)
@@ -143,6 +143,6 @@ def test_scored_windows_are_spread() -> None:
 
 
 def test_generated_text_is_shown_harmless() -> None:
-    from shira.demo import report
+    from shira.cli.demo import report
 
     assert report.printable("a\x1b[31mb\tc\nd\x00\x7f") == "a·[31mb c\nd··"

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import shira
 from shira import Adapter, AdapterTensor, convert
-from shira.checkpoint import TensorFolder
-from shira.cli_files import plainly
-from shira.output import check_free
+from shira.cli.adapters import plainly
+from shira.files.checkpoint import TensorFolder
+from shira.files.output import check_free
 
 SHAPES = {"layers.0.q.weight": (40, 30), "layers.1.q.weight": (40, 30), "norm.weight": (40,)}
 State = dict[str, torch.Tensor]

@@ -17,9 +17,10 @@ from command_line import exit_code_of
 from safetensors.torch import save_file
 
 import shira
-from shira import Adapter, AdapterTensor, interference_report, metrics
-from shira.adapter import checksum_of
-from shira.checkpoint import TensorFolder
+from shira import Adapter, AdapterTensor
+from shira.adapter import checksum_of, metrics
+from shira.cli import report as interference_report
+from shira.files.checkpoint import TensorFolder
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 NAMES = [f"layers.{i}.{kind}.weight" for i in (0, 2, 10) for kind in ("q", "up")]

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from shira import finetune  # noqa: E402 - needs what may be missing
+from shira.cli import train as finetune  # noqa: E402 - needs what may be missing
 
 WORDS = [f"w{i}" for i in range(24)]
 

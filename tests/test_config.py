@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import shira
-from shira.config import names_match
+from shira.masks.config import names_match
 
 
 @pytest.mark.parametrize(

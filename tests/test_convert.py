@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import shira
 from shira import Adapter, AdapterTensor, ResidentAdapters, convert
 from shira.adapter import checksum_of
-from shira.checkpoint import TensorFolder
+from shira.files.checkpoint import TensorFolder
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shira.demo import base, corpus
+from shira.cli.demo import base, corpus
 
 
 @pytest.fixture

@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shira
-from shira import Adapter, AdapterTensor, ResidentAdapters, merge
+from shira import Adapter, AdapterTensor, ResidentAdapters
 from shira.adapter import checksum_of
-from shira.checkpoint import TensorFolder
+from shira.convert import merge
+from shira.files.checkpoint import TensorFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:not sparse")
 State = dict[str, torch.Tensor]

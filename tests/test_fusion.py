@@ -15,7 +15,7 @@ from torch import nn
 
 from shira import Adapter, AdapterTensor, ResidentAdapters, ShiraConfig, fuse
 from shira.adapter import checksum_of
-from shira.fusion import deltas
+from shira.adapter.fusion import deltas
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"0.weight": (6, 5), "2.weight": (3, 6)}

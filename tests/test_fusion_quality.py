@@ -35,7 +35,7 @@ def task(fusion: ModuleType) -> Iterator[Any]:
     def part() -> torch.Tensor:
         return torch.randint(256, (512,), generator=generator, dtype=torch.uint8)
 
-    from shira.demo import base
+    from shira.cli.demo import base
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

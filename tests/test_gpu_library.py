@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import shira
-from shira import ShiraAdamW, resident, unfused
+from shira import ShiraAdamW
 from shira.adapter import checksum_of
+from shira.serving import bank as resident
+from shira.serving import layers as unfused
 from shira_kernels import backends
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 import shira
-from shira import Adapter, AdapterTensor, masks, metrics
-from shira.metrics import Interference, Overlap
+from shira import Adapter, AdapterTensor, masks
+from shira.adapter import metrics
+from shira.adapter.metrics import Interference, Overlap
 
 SHAPES = [(), (1,), (5,), (3, 4), (4, 3), (1, 7), (7, 1), (2, 3, 2, 2), (0, 3), (3, 0), (5, 64), (6, 65), (2, 150)]
 

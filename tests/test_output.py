@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from shira.output import _swap, check_files_free, check_free, written_whole
+from shira.files.output import _swap, check_files_free, check_free, written_whole
 
 # Writes a folder over another one in children that are killed at the 1st, 2nd, ... line of output.py that they run, and
 # notes what is there after each, and after the next check of the place.
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from shira import output
+from shira.files import output
 swaps = sys.argv[1] == "swaps"
 if not swaps:
     output._swap = lambda a, b: False
@@ -140,7 +140,7 @@ def test_a_folder_that_was_moved_aside_is_moved_back_if_the_new_one_cannot_be(
             raise OSError("no more renames")
         rename(source, target)
 
-    monkeypatch.setattr("shira.output._swap", lambda a, b: False)
+    monkeypatch.setattr("shira.files.output._swap", lambda a, b: False)
     monkeypatch.setattr(os, "rename", fail_of_the_new)
     with pytest.raises(OSError, match="no more renames"), written_whole(tmp_path / "target") as new:
         fill(new, "new", "folder")

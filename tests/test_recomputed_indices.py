@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import shira
-from shira import adapter_file, convert, merge
-from shira.interference_report import run_report
-from shira.latency import run_bench
+from shira import convert
+from shira.adapter import file as adapter_file
+from shira.cli.bench import run_bench
+from shira.cli.report import run_report
+from shira.convert import merge
 
 SHAPES = {"layers.0.q.weight": (40, 30), "layers.1.q.weight": (40, 30), "norm.weight": (40,)}
 MASKS: dict[str, dict[str, Any]] = {

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import shira
-from shira import arena, resident
 from shira.adapter import checksum_of
+from shira.serving import arena
+from shira.serving import bank as resident
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = {

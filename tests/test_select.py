@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import shira
 from shira import masks
-from shira.select import Selection, choose_entries, tensor_seed
+from shira.masks.choose import Selection, choose_entries, tensor_seed
 
 SCORES = {
     "wm": lambda w, g: w.abs(),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import shira
-from shira import layers
+from shira.training import layers
 from shira_kernels import optim
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

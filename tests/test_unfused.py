@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import shira
-from shira import pages, unfused
 from shira.adapter import checksum_of
+from shira.serving import layers as unfused
+from shira.serving import pages
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -205,7 +206,7 @@ def test_generate_gives_the_tokens_of_each_row_alone(make_model: Callable[[], An
 
 def test_the_demo_model_writes_the_same_200_tokens() -> None:
     """A trained model, of which each row is another text from the first tokens on."""
-    from shira.demo.base import load_base
+    from shira.cli.demo.base import load_base
 
     model: Any = load_base()
     bank = shira.ResidentAdapters(model)

@@ -11,6 +11,7 @@ and is not an error. After SIGTERM or SIGINT the exit code is 128 + the signal's
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
 import tempfile
@@ -43,6 +44,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.carry:
         return gpu_phases.carry(options.python)
+    if importlib.util.find_spec("torch") is None:
+        parser.error(f"{sys.executable} has no torch; run this with a Python that has it, or make gpu-check PYTHON=...")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         setup = gpu_driver.Setup(options.out.resolve(), options.rehearse, options.deadline, scratch=Path(scratch))
         phases = [phase for phase in gpu_phases.phases(setup) if phase.number in options.phases]

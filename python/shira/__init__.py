@@ -1,16 +1,16 @@
 """Sparse high-rank adapters: train 1-2 % of a model's own weights, save them, switch them in place."""
 
 from shira import convert, masks
-from shira.adapter import Adapter, AdapterTensor
-from shira.attach import Handle, attach
-from shira.config import ShiraConfig
-from shira.difference import diff
-from shira.fusion import fuse
-from shira.hooks import mask_gradients
-from shira.io import AdapterFormatError
-from shira.merge import merge_checkpoint
-from shira.metrics import awom, awor, overlap
-from shira.resident import ResidentAdapters
+from shira.adapter.adapter import Adapter, AdapterTensor
+from shira.adapter.difference import diff
+from shira.adapter.fusion import fuse
+from shira.adapter.metrics import awom, awor, overlap
+from shira.convert.merge import merge_checkpoint
+from shira.files.atomic import AdapterFormatError
+from shira.masks.config import ShiraConfig
+from shira.serving.bank import ResidentAdapters
+from shira.training.attach import Handle, attach
+from shira.training.hooks import mask_gradients
 from shira_kernels import ShiraAdamW
 
 __all__ = [

@@ -1,0 +1,478 @@
+"""The commands for adapter files: info, diff, apply, fuse, convert."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_module
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shira.model.names import printable
+
+if TYPE_CHECKING:
+    from shira.adapter.adapter import Adapter
+    from shira.adapter.difference import Progress
+
+
+class CommandError(Exception):
+    """What the user can put right; its text is all that is shown."""
+
+
+_BASE_HELP = "What the adapter was made for: a safetensors file, or a folder of them such as a Hugging Face model's."
+_Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default=False)]
+_Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on standard output, and nothing else.")]
+_AnyBase = Annotated[bool, typer.Option("--any-base", help="Go on where an adapter was made for another base.")]
+_Weights = Annotated[
+    list[float] | None,
+    typer.Option("--weight", "-w", help="Strength of an adapter, once for each in their order; all 1 without."),
+]
+_OptionalBase = Annotated[Path | None, typer.Option("--base", "-b", metavar="FILE_OR_DIR", help=_BASE_HELP)]
+_Top = Annotated[
+    float | None,
+    typer.Option(
+        "--top",
+        metavar="SHARE",
+        help="Keep only the largest changes: this share of each tensor's entries, such as 0.01.",
+    ),
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds the commands of this module to the command line."""
+    for command in (info, diff, apply, fuse, convert):
+        app.command()(command)
+
+
+def info(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An adapter: a shira file, a weight patch, or a folder of PEFT.")
+    ],
+    base: _OptionalBase = None,
+    json: Json = False,
+) -> None:
+    """Show what is in an adapter, tensor by tensor, and whether it was made for a base.
+
+    Example: shira info blue.safetensors --base llama/
+    """
+    with plainly():
+        from shira import convert as formats
+        from shira.adapter.file import describe
+        from shira.convert.merge import fit_of
+
+        form = formats.format_of(file)
+        if form == "peft-merged" or (form != "shira" and base is None):
+            _info_of_arrays(file, form, json)
+            return
+        has_indices = form != "shira" or describe(file)[1]
+        adapter = formats.read(file, base) if has_indices else describe(file)[0]
+        facts = {"file": str(file), "format": form, "bytes": _size(file), **_facts(adapter)}
+        facts["indices"] = "stored" if has_indices else "recomputed"
+        if base is not None:
+            fit = fit_of(adapter if has_indices else file, base)
+            facts["fits"], facts["base"] = fit.fits, fit.reason
+    if json:
+        print_json(facts)
+        return
+    _print_tensors(adapter)
+    _say(f"{file}: format {form}, {_summary(adapter)}, {_in_bytes(facts['bytes'])}")
+    if adapter.nnz:
+        print(f"{facts['bytes'] / adapter.nnz:.2f} bytes for each entry, all counted")
+    if not has_indices:
+        print("no indices: they are recomputed from the base, which commands take as --base")
+    if adapter.config is not None:
+        _say(f"made with {adapter.config}")
+    if adapter.provenance is not None:
+        _say(f"made of {_shortened(adapter.provenance)}")
+    unknown = sum(part.checksum is None for part in adapter.values())
+    if unknown:
+        print(f"no checksum of the base in {unknown} of {len(adapter)} tensors: it cannot be told which it belongs to")
+    if base is not None:
+        _say(f"the base {base}: {facts['base']}")
+
+
+def diff(
+    base: Annotated[
+        Path, typer.Argument(metavar="BASE", help="A safetensors file, or a folder of them.", show_default=False)
+    ],
+    tuned: Annotated[
+        Path, typer.Argument(metavar="TUNED", help="The same model with other weights.", show_default=False)
+    ],
+    output: _Output,
+    top: _Top = None,
+    common: Annotated[bool, typer.Option("--common", help="Leave out tensors that only one side has.")] = False,
+    force: _Force = False,
+    json: Json = False,
+) -> None:
+    """Save what makes one checkpoint of another as an adapter: exact, two tensors in memory at a time.
+
+    Example: shira diff llama/ llama-tuned/ -o tuned.safetensors
+
+    Example: shira diff llama/ llama-tuned/ -o tuned.safetensors --top 0.01
+    """
+    with plainly():
+        import shira
+
+        _check_output(output, [base, tuned], force)
+        with _progress() as progress:
+            adapter = shira.diff(base, tuned, top=top, common=common, progress=progress)
+            progress(1, 1, f"writing {output.name}")
+            adapter.save(output)
+    _report_written(adapter, output, json)
+    if not json:
+        _print_tensors(adapter)
+
+
+def apply(
+    base: Annotated[
+        Path, typer.Argument(metavar="BASE", help="A safetensors file, or a folder of them.", show_default=False)
+    ],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Files of adapters.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE_OR_DIR", help="A file or folder like the base.", show_default=False
+        ),
+    ],
+    weight: _Weights = None,
+    any_base: _AnyBase = False,
+    force: _Force = False,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint with adapters in its weights: as many files, the same names and metadata.
+
+    Example: shira apply llama/ blue.safetensors -o llama-blue/
+
+    Example: shira apply llama/ blue.safetensors paint.safetensors -w 0.7 -w 0.3 -o llama-mix/
+    """
+    with plainly(adapters):
+        import shira
+        from shira.files.output import check_apart, check_free
+
+        pairs = _pairs(adapters, weight)
+        check_free(output, force)
+        check_apart(output, [base, *adapters])  # of other formats merge_checkpoint gets no path
+        with _progress() as progress:
+            merged = shira.merge_checkpoint(
+                base,
+                [(_any_format(file, base), strength) for file, strength in pairs],
+                output,
+                force_base=any_base,
+                overwrite=force,
+                progress=progress,
+            )
+    if json:
+        print_json(
+            {
+                "output": str(output),
+                "adapters": [{"file": str(file), "weight": strength} for file, strength in pairs],
+                "tensors": merged.tensors,
+                "entries": merged.entries,
+                "files": merged.files,
+                "left_out": merged.left_out,
+            }
+        )
+        return
+    files = f"{len(merged.files)} file{'s' if len(merged.files) != 1 else ''}"
+    _say(f"{output}: {merged.entries} entries of {len(merged.tensors)} tensors written into {files}")
+    if merged.left_out:
+        _say(f"not copied: {', '.join(merged.left_out)}")
+
+
+def fuse(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Files of adapters.", show_default=False)],
+    output: _Output,
+    weight: _Weights = None,
+    policy: Annotated[
+        str, typer.Option(help="Of entries that several adapters change: their sum, mean, last, or ties (by sign).")
+    ] = "sum",
+    base: _OptionalBase = None,
+    any_base: _AnyBase = False,
+    force: _Force = False,
+    json: Json = False,
+) -> None:
+    """Make one adapter of several. Adapters that hold new values, such as trained ones, need --base.
+
+    Example: shira fuse blue.safetensors paint.safetensors -w 0.7 -w 0.3 --base llama/ -o mix.safetensors
+    """
+    with plainly(adapters):
+        import shira
+
+        pairs = _pairs(adapters, weight)
+        _check_output(output, [*adapters, *([base] if base else [])], force)
+        loaded = [(_any_format(file, base), strength) for file, strength in pairs]
+        with _progress() as progress:
+            adapter = shira.fuse(loaded, policy, base, force=any_base, progress=progress)
+            progress(1, 1, f"writing {output.name}")
+            adapter.save(output)
+    _report_written(adapter, output, json)
+
+
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A shira file, a weight patch, or a folder of PEFT.", show_default=False),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE_OR_DIR", help="A file; with --to peft-shira a folder.", show_default=False
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", help="shira, peft-shira or patch (of vLLM and TRL).")] = "shira",
+    base: _OptionalBase = None,
+    top: _Top = None,
+    trust_base: Annotated[
+        bool,
+        typer.Option(
+            "--trust-base", help="The adapter was made for this base: take its checksum where the format has none."
+        ),
+    ] = False,
+    indices: Annotated[
+        bool,
+        typer.Option(
+            "--indices/--no-indices",
+            help="A shira file may leave out indices that --base tells again: masks wm, small, struct and rand.",
+            show_default=False,
+        ),
+    ] = True,
+    any_base: _AnyBase = False,
+    force: _Force = False,
+    json: Json = False,
+) -> None:
+    """Convert an adapter from another tool's format, or to it. What it is in is seen by its content.
+
+    In: shira files, PEFT's SHiRA and Super-Tuning, whatever else PEFT can merge such as LoRA and DoRA, weight patches.
+    --top, for what PEFT merges, makes it sparse.
+
+    Example: shira convert my-lora/ --base llama/ --top 0.02 -o my-lora.safetensors
+
+    Example: shira convert blue.safetensors --base llama/ --to peft-shira -o blue-peft/
+
+    Example: shira convert blue.safetensors --base llama/ --no-indices -o blue-small.safetensors
+    """
+    with plainly():
+        from shira import convert as formats
+
+        if to not in formats.WRITTEN:
+            raise ValueError(f"--to must be one of {', '.join(formats.WRITTEN)}, got {to!r}")
+        _check_output(output, [file, *([base] if base else [])], force, folder=to == "peft-shira")
+        form = formats.format_of(file)
+        if form == "peft-merged" and base is not None:
+            _need("peft", "transformers")
+        with _progress() as progress:
+            adapter = formats.read(file, base, top=top, trust_base=trust_base, progress=progress)
+            progress(1, 1, f"writing {output.name}")
+            formats.write(adapter, output, to, base, indices=indices, overwrite=force, force_base=any_base)
+    _report_written(adapter, output, json, {"from": form, "to": to})
+
+
+@contextmanager
+def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
+    """Errors of the input become CommandErrors; our warnings one line each, and those of libraries nothing."""
+
+    def in_words_of_a_command(text: str) -> str:
+        for position, file in enumerate(adapters):
+            text = text.replace(f"adapters[{position}]", str(file))
+        for argument in ("top", "base", "common", "device", "seconds"):
+            text = text.replace(f"`{argument}`", f"--{argument}")
+        return printable(text)
+
+    own = os.path.dirname(os.path.dirname(__file__))
+    alike: dict[str, list[Any]] = {}  # by what follows the tensor's name: the first such warning, how many there are
+
+    def note(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+        if category is UserWarning and filename.startswith(own):
+            alike.setdefault(str(message).rpartition(": ")[2], [str(message), 0])[1] += 1
+
+    # transformers would draw bars and report on weights by itself.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        try:
+            yield
+        except ValueError as error:
+            raise CommandError(in_words_of_a_command(str(error))) from None
+        finally:
+            for first, number in alike.values():
+                more = f" (and {number - 1} more)" if number > 1 else ""
+                print(f"shira: warning: {in_words_of_a_command(first)}{more}", file=sys.stderr)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on standard error, where that is a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield show
+
+
+def _need(*packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise CommandError(f"merging a PEFT adapter needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _pairs(adapters: Sequence[Path], weights: Sequence[float] | None) -> list[tuple[Path, float]]:
+    if weights and len(weights) != len(adapters):
+        raise ValueError(
+            f"give --weight once for each adapter or not at all: {len(adapters)} adapters, {len(weights)} weights"
+        )
+    return list(zip(adapters, weights or [1.0] * len(adapters), strict=True))
+
+
+def _any_format(file: Path, base: Path | None) -> Adapter | Path:
+    """A shira file stays a path, so that its name is known."""
+    from shira import convert as formats
+
+    form = formats.format_of(file)
+    if form == "peft-merged":
+        raise ValueError(f"{file}: make an adapter of it first: shira convert {file} --base BASE --top 0.02 -o FILE")
+    return file if form == "shira" else formats.read(file, base)
+
+
+def _check_output(output: Path, inputs: Sequence[Path], force: bool, folder: bool = False) -> None:
+    from shira.files.output import check_apart, check_free
+
+    check_free(output, force)
+    check_apart(output, inputs)
+    if output.is_dir() and not folder:
+        raise ValueError(f"{output}: it must be a file, and there is a folder")
+
+
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "entries": adapter.nnz,
+        "density": adapter.density,
+        "tensors": {
+            name: {
+                "shape": list(part.shape),
+                "dtype": str(part.dtype).removeprefix("torch."),
+                "kind": part.kind,
+                "entries": part.nnz,
+                "density": part.nnz / max(1, part.numel),
+                "checksum": part.checksum,
+            }
+            for name, part in adapter.items()
+        },
+        "config": adapter.config and adapter.config.to_dict(),
+        "provenance": adapter.provenance,
+    }
+
+
+def _info_of_arrays(file: Path, form: str, json: bool) -> None:
+    """What can be told of another tool's adapter without its base."""
+    from shira.files.checkpoint import TensorFolder
+
+    tensors = TensorFolder(file / "adapter_model.safetensors" if file.is_dir() else file)
+    arrays = {name: tensors[name] for name in tensors}
+    if json:
+        shapes = {
+            name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in arrays.items()
+        }
+        print_json({"file": str(file), "format": form, "bytes": _size(file), "arrays": shapes})
+        return
+    rows = [(n, str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for n, t in arrays.items()]
+    _print_table(("array", "shape", "dtype"), rows)
+    _say(f"{file}: format {form}, {len(arrays)} arrays, {_in_bytes(_size(file))}")
+    print("shira convert makes an adapter of it, with the --base that it was made for")
+
+
+def _report_written(adapter: Adapter, output: Path, json: bool, more: dict[str, Any] | None = None) -> None:
+    size = _size(output)
+    if json:
+        print_json({"output": str(output), **(more or {}), "bytes": size, **_facts(adapter)})
+        return
+    _say(f"{output}: {_summary(adapter)}, {_in_bytes(size)}")
+    facts = (adapter.provenance or {}).get("diff") or (adapter.provenance or {}).get("converted") or {}
+    if "energy_kept" in facts:
+        print(f"{facts['energy_kept']:.1%} of the energy of all changes (the sum of their squares) is kept")
+    if (more or {}).get("to") == "shira" and len(adapter) and all(part.checksum is None for part in adapter.values()):
+        print("it has no checksum of its base, so it is applied with a warning; --trust-base takes the one given")
+
+
+def _summary(adapter: Adapter) -> str:
+    kinds = "+".join(sorted({part.kind for part in adapter.values()})) or "nothing"
+    tensors = f"{len(adapter)} tensor{'s' if len(adapter) != 1 else ''}"
+    return f"{adapter.nnz} entries in {tensors}, density {adapter.density:.3%}, kind {kinds}"
+
+
+def _print_tensors(adapter: Adapter) -> None:
+    rows = [
+        (
+            name,
+            " x ".join(map(str, part.shape)),
+            str(part.dtype).removeprefix("torch."),
+            part.kind,
+            str(part.nnz),
+            f"{part.nnz / max(1, part.numel):.3%}",
+            "unknown" if part.checksum is None else part.checksum[:8],
+        )
+        for name, part in adapter.items()
+    ]
+    _print_table(("tensor", "shape", "dtype", "kind", "entries", "density", "base"), rows)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        right = column in ("entries", "density")
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console = Console()
+    widths = [max(len(row[i]) for row in [columns, *rows]) + 2 for i in range(len(columns))]
+    # Where it is read by no one whole; else only names are folded.
+    least = sum(widths[1:]) + (min(widths[0], 20) if console.is_terminal else widths[0])
+    console.width = max(console.width, least)
+    console.print(table)
+
+
+def _say(text: str) -> None:
+    print(printable(text))
+
+
+def console_for(json: bool) -> Console:
+    """Where a command shows what it found: beside JSON not on standard output."""
+    return Console(stderr=json)
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    print(json_module.dumps(facts, indent=1))
+
+
+def _shortened(provenance: dict[str, Any]) -> str:
+    text = json_module.dumps(provenance)
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+def _in_bytes(size: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"

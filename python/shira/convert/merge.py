@@ -1,0 +1,285 @@
+"""Adapters written into a checkpoint on disk, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shira.adapter.adapter import Adapter, AdapterTensor, checksum_of
+from shira.adapter.difference import Progress, no_progress
+from shira.adapter.file import describe
+from shira.adapter.fusion import entries_of
+from shira.files.atomic import AdapterFormatError
+from shira.files.checkpoint import Base, TensorFolder, open_tensors
+from shira.files.output import check_apart, check_free, check_replaceable, written_whole
+from shira.model.names import canonical
+from shira.serving.bank import ResidentAdapters
+from shira.training.attach import check_base, check_fits
+from shira_kernels.bits import as_bits
+
+# Weights in other formats: they would still be those of the base.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_OTHER_INDEXES = ("pytorch_model.bin.index.json", "flax_model.msgpack.index.json", "tf_model.h5.index.json")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_checkpoint` wrote.
+
+    Attributes:
+        tensors: names in the checkpoint of the tensors that were written to.
+        entries: how many entries the adapters have in them, an entry of several adapters counted for each.
+        files: that hold weights, by their names in the folder.
+        left_out: files of the base's folder that hold other weights, or are hidden, and were not copied.
+    """
+
+    tensors: list[str]
+    entries: int
+    files: list[str]
+    left_out: list[str]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether an adapter was made for a base.
+
+    Attributes:
+        fits: True if every tensor's checksum is that of the base's entries; False if one is not, or the base lacks a
+            tensor or has it with another shape or dtype; None if nothing speaks against it but a checksum is missing.
+        reason: the same in words.
+    """
+
+    fits: bool | None
+    reason: str
+
+
+@torch.no_grad()
+def fit_of(adapter: Adapter | str | os.PathLike[str], base: Base) -> Fit:
+    """Whether an adapter, or that of a file, was made for a base: a model whose weights hold it now, a state dict, or
+    the path of a safetensors file or of a folder of them, of which one tensor is in memory at a time.
+
+    A file without indices whose mask the base does not give is called one of another base, as if it cannot be damaged.
+
+    Raises:
+        ValueError: `base` is none of these, or a file of it is damaged; a file is no valid adapter
+            (AdapterFormatError).
+        OSError: something cannot be read.
+    """
+    tensors = open_tensors(base)
+    if not isinstance(adapter, Adapter):
+        has_indices = describe(adapter)[1]
+        try:
+            adapter = Adapter.load(adapter, base=base)
+        except AdapterFormatError as error:
+            if has_indices:
+                raise
+            return Fit(False, f"another base: {error}")
+    own = {canonical(name): name for name in tensors}
+    other, unknown = 0, 0
+    for label, part in adapter.items():
+        if canonical(label) not in own:
+            return Fit(False, f"another model: it has no tensor {label}")
+        weight = tensors[own[canonical(label)]]
+        try:
+            check_fits(label, part, weight)
+        except ValueError as error:
+            return Fit(False, f"another model: {error}")
+        if part.checksum is None:
+            unknown += 1
+        else:
+            other += part.checksum != checksum_of(entries_of(weight, part.indices))
+    if other:
+        return Fit(False, f"another base: {other} of {len(adapter)} tensors differ where the adapter changes them")
+    if unknown:
+        return Fit(None, "shapes and types fit, checksums are not known")
+    return Fit(True, "the one that the adapter was made for")
+
+
+@torch.no_grad()
+def merge_checkpoint(
+    base: str | os.PathLike[str],
+    adapters: Sequence[tuple[Adapter | str | os.PathLike[str], float]],
+    output: str | os.PathLike[str],
+    *,
+    force_base: bool = False,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> Merged:
+    """Writes a checkpoint with adapters in its weights: as many files, the same names, order and metadata.
+
+    The weights are bit for bit those that `ResidentAdapters.switch` writes for adapters of the same strengths: of one
+    adapter at strength 1 its values, else base + the sum of strength (value - base), in float32 and rounded once. One
+    tensor is in memory at a time. `output` is there whole or not at all, whenever the process ends.
+
+    Args:
+        base: a safetensors file, or a folder of them such as a Hugging Face model's.
+        adapters: pairs of an adapter, or its file, and its strength.
+        output: a file or folder like the base. Of a folder everything else is copied too, such as config and tokenizer,
+            but for hidden files and weights in other formats, which would still be the base's.
+        force_base: take also adapters that were made for another base.
+        overwrite: replace the file `output`, or the folder if it holds no other files than will be written.
+        progress: called before each file and tensor, with how many are done, how many there are, and which comes.
+
+    Raises:
+        ValueError: naming the tensor: the base lacks it, has it with another shape or dtype, or with other entries than
+            an adapter was made for; no adapter, a strength that is not finite, `output` is there, or lies in the base
+            or around it; a damaged file. Nothing was written then.
+        OSError: something cannot be read or written.
+
+    Warns:
+        UserWarning: an adapter has no checksum, so that it cannot be told whether it was made for this base.
+    """
+    base, output = Path(base), Path(output)
+    folder = TensorFolder(base)
+    loaded = [_loaded(position, *pair, base) for position, pair in enumerate(adapters)]
+    if not loaded:
+        raise ValueError("adapters must hold at least one pair of an adapter and its strength")
+    own_names = {canonical(name): name for name in folder}
+    parts = _parts_by_tensor([adapter for adapter, _ in loaded], own_names)
+    strengths = [strength for _, strength in loaded]
+
+    files = sorted(set(folder.files.values()))
+    if outside := [str(file) for file in files if base.is_dir() and not _lies_in(base, file)]:
+        raise ValueError(f"{base}: its index names {outside[0]}, which is not in the folder")
+    others, left_out = _others(base, files) if base.is_dir() else ([], [])
+    inputs = [base, *(Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter))]
+    _check_output(base.is_dir(), output, [str(file.relative_to(base)) for file in (*files, *others)], inputs, overwrite)
+    _warn_of_unknown([adapter for adapter, _ in loaded])
+    total, done = len(files) + len(parts), 0
+    with written_whole(output) as temporary:
+        for file in others:
+            _copy(file, temporary / file.relative_to(base))
+        for file in files:
+            progress(done, total, file.name)
+            done += 1
+            copy = temporary / file.relative_to(base) if base.is_dir() else temporary
+            _copy(file, copy)
+            with open(copy, "r+b") as target:
+                begins = _data_offsets(target)
+                for name in (name for name in parts if folder.files[name] == file):
+                    progress(done, total, name)
+                    done += 1
+                    if name not in begins:
+                        raise ValueError(f"{file}: it has no tensor {name!r}, which the index says is in it")
+                    target.seek(begins[name])
+                    # Given no name, so that it is gone before the next is read.
+                    target.write(
+                        as_bits(_switched(name, folder[name], parts[name], strengths, force_base)).numpy().data
+                    )
+        progress(total, total, "")
+    return Merged(
+        list(parts),
+        sum(part.nnz for of_tensor in parts.values() for part in of_tensor.values()),
+        [str(file.relative_to(base)) if base.is_dir() else output.name for file in files],
+        left_out,
+    )
+
+
+def _loaded(
+    position: int, adapter: Adapter | str | os.PathLike[str], strength: float, base: Path
+) -> tuple[Adapter, float]:
+    largest = torch.finfo(torch.float32).max
+    if not isinstance(strength, (int, float)) or not -largest <= strength <= largest:
+        raise ValueError(f"adapters[{position}]: the strength must be a finite float32 number, got {strength!r}")
+    return adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, base=base), float(strength)
+
+
+def _check_output(is_folder: bool, output: Path, planned: Collection[str], inputs: list[Path], overwrite: bool) -> None:
+    check_free(output, overwrite)
+    check_apart(output, inputs)
+    if output.is_dir():
+        if not is_folder:
+            raise ValueError(f"{output}: the base is a file, so the output must be one, and there is a folder")
+        check_replaceable(output, planned)
+    elif is_folder and output.exists():
+        raise ValueError(f"{output}: the base is a folder, so the output must be one, and there is a file")
+
+
+def _warn_of_unknown(adapters: Sequence[Adapter]) -> None:
+    for position, adapter in enumerate(adapters):
+        unknown = sum(part.checksum is None for part in adapter.values())
+        if unknown:
+            warnings.warn(
+                f"adapters[{position}]: no checksum in {unknown} of {len(adapter)} tensors, so it may be of another "
+                "base",
+                stacklevel=4,
+            )
+
+
+def _lies_in(folder: Path, file: Path) -> bool:
+    return folder in file.parents and ".." not in file.relative_to(folder).parts
+
+
+def _parts_by_tensor(adapters: Sequence[Adapter], own_names: Mapping[str, str]) -> dict[str, dict[int, AdapterTensor]]:
+    """The checkpoint's name -> position of the adapter -> its part, in the order of the checkpoint's names."""
+    found: dict[str, dict[int, AdapterTensor]] = {}
+    for position, adapter in enumerate(adapters):
+        for label, part in adapter.items():
+            name = own_names.get(canonical(label))
+            if name is None:
+                raise ValueError(f"adapters[{position}]: {label}: the base has no tensor of this name")
+            if position in found.setdefault(name, {}):
+                raise ValueError(f"adapters[{position}]: {label}: the adapter names the tensor {name!r} twice")
+            found[name][position] = part
+    return {name: found[name] for name in own_names.values() if name in found}
+
+
+def _switched(
+    name: str,
+    weight: torch.Tensor,
+    parts: Mapping[int, AdapterTensor],
+    strengths: Sequence[float],
+    force: bool,
+) -> torch.Tensor:
+    """The tensor after a switch, by the bank itself: what it would hold in the model."""
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
+    bank = ResidentAdapters(holder)
+    for position in range(len(strengths)):
+        part = parts.get(position)
+        if part is not None:
+            label = f"adapters[{position}]: {name}"
+            check_fits(label, part, weight)
+            if not force and part.checksum is not None:
+                check_base(label, part, entries_of(weight, part.indices))
+        bank.add(str(position), Adapter({} if part is None else {"weight": part}), force=True)
+    bank.switch({str(position): strength for position, strength in enumerate(strengths)})
+    result = holder.weight.detach()
+    holder.weight.data = weight.new_empty(0)  # the bank is a cycle, which the garbage collector finds some time later
+    return result
+
+
+def _data_offsets(file: Any) -> dict[str, int]:
+    """Where each tensor's bytes begin in a safetensors file, which was found whole before."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _others(base: Path, weights: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The files of a folder that are copied as they are, and the names of those that are left out."""
+    copied, left_out = [], []
+    for file in sorted(base.rglob("*")):
+        inner = file.relative_to(base)
+        if file.is_dir() or file in weights:
+            continue
+        hidden = any(part.startswith(".") for part in inner.parts)
+        if hidden or file.suffix in _OTHER_WEIGHTS or file.name in _OTHER_INDEXES:
+            left_out.append(str(inner))
+        else:
+            copied.append(file)
+    return copied, left_out
+
+
+def _copy(file: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, target)

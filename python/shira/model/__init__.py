@@ -1,0 +1,1 @@
+"""The live model: its names, the users of a weight, who may write it."""

@@ -1,0 +1,1 @@
+"""Entries of live weights as parameters."""

@@ -1,0 +1,76 @@
+"""Training by hooks: `mask_gradients` turns training of whole parameters into training of some of their entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from shira.adapter.adapter import Adapter
+from shira.masks.calibrate import Loss
+from shira.masks.config import ALL_LINEAR, ShiraConfig
+from shira.model.names import canonical
+from shira.training.attach import Handle, attach_with, check_all_match, matched_modules, name_matches
+from shira.training.layers import Attached
+
+
+def mask_gradients(
+    model: nn.Module,
+    what: ShiraConfig | Adapter,
+    *,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> Handle:
+    """As `attach`, for any parameter of any module: the dense gradient is made, gathered and freed at once.
+
+    The chosen parameters get ordinary dense gradients from autograd. As soon as one is complete, its listed entries are
+    added to the gradient of a compact parameter of values, and it is freed: at most a few layers' exist at a time. The
+    optimizer gets `handle.parameters()`; if it is given `model.parameters()`, it finds no gradient at the dense ones
+    and leaves them alone. Everything else is frozen but modules_to_save.
+
+    Use `attach` for the layers that it knows: there the dense gradient is seldom formed, and several processes can
+    train together; here their backward raises RuntimeError.
+
+    Args:
+        model: any module; the parameters must be contiguous float64, float32, bfloat16 or float16.
+        what: a ShiraConfig or an Adapter, as for `attach`. target_modules may name modules, whose `weight` is meant,
+            and parameters, as "in_proj_weight" or "layers.0.attention.in_proj_weight"; with "all-linear" also the
+            layers whose weight is read by others.
+        calibration, loss: as for `attach`.
+
+    Returns:
+        The handle, as of `attach`.
+
+    Raises:
+        ValueError: what does not fit the model. Nothing was changed.
+        RuntimeError: something is attached already, a ResidentAdapters has an adapter in the weights, or inference mode
+            is on.
+
+    Warns:
+        UserWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
+    """
+    return attach_with(model, what, _matched_parameters, _mixin, True, calibration, loss)
+
+
+def _matched_parameters(model: nn.Module, config: ShiraConfig) -> list[nn.Parameter]:
+    found: list[nn.Parameter] = []
+    for name, module in matched_modules(model, config).items():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise ValueError(f"{name}: {type(module).__name__} has no parameter 'weight': name the parameters")
+        found.append(weight)  # type: ignore[arg-type]
+    if config.target_modules != ALL_LINEAR:
+        found += [p for name, p in model.named_parameters() if name_matches(canonical(name), config)]
+    names = [*matched_modules(model, config), *(canonical(name) for name, _ in model.named_parameters())]
+    check_all_match(names, config, "module or parameter")
+    if not found:
+        raise ValueError(f"target_modules: {config.target_modules!r} matches no module or parameter of the model")
+    return list(dict.fromkeys(found))
+
+
+def _mixin(name: str, module: nn.Module, role: str) -> type[Attached]:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(f"{name}: a scripted module cannot be trained")
+    return Attached
