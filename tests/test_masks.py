@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira import masks
-from shira.masks import functions
+from shira.masks import functions, hashing
 from shira.masks.choose import tensor_seed
 
 GAMMA = 0x9E3779B97F4A7C15
@@ -37,7 +37,7 @@ def by_rank(ranking: list[int], numel: int, k: int, skip: int, granularity: int)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "_CHUNK", 64)
+    monkeypatch.setattr(hashing, "_CHUNK", 64)
 
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 300), st.integers(0, 300), st.sampled_from([1, 1, 2, 3, 8]))
@@ -94,13 +94,13 @@ def test_the_test_vector_of_the_document() -> None:
 
 def test_rand_looks_further_when_too_few_hashes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = masks.rand(torch.empty(1000), 0.5).tolist()
-    real, limits = functions._hashes_up_to, []
+    real, limits = functions.hashes_up_to, []
 
     def keep_few(limit: int, *rest) -> tuple[torch.Tensor, torch.Tensor]:
         limits.append(limit)
         return real(limit // 8 if len(limits) < 3 else limit, *rest)
 
-    monkeypatch.setattr(functions, "_hashes_up_to", keep_few)
+    monkeypatch.setattr(functions, "hashes_up_to", keep_few)
     assert masks.rand(torch.empty(1000), 0.5).tolist() == expected
     assert len(limits) == 3
 

@@ -16,7 +16,7 @@ from shira.adapter import file as adapter_file
 from shira.masks.config import ShiraConfig
 
 if TYPE_CHECKING:
-    from shira.adapter.fusion import Base
+    from shira.files.checkpoint import Base
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

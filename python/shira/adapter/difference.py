@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from shira.adapter.adapter import DTYPES, Adapter, AdapterTensor, checksum_of
 from shira.files.checkpoint import Base, open_tensors
+from shira.files.progress import Progress, no_progress
 from shira.model.names import canonical
 from shira_kernels import extract_changed, topk_indices
 
@@ -19,14 +20,7 @@ from shira_kernels import extract_changed, topk_indices
 # lines of 64 bytes are touched: a switch moves as much memory as one that writes the whole tensor.
 SPARSE_UP_TO = 0.1
 
-Progress = Callable[[int, int, str], None]  # how many are done, of how many, and what comes now
-
-
 Energies = dict[str, tuple[float, float]]  # by tensor: of the changes that are kept, and of all
-
-
-def no_progress(done: int, total: int, what: str) -> None:
-    """Shows nothing."""
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from shira_kernels.ops.encode_indices import MAX_NUMEL
 
 if TYPE_CHECKING:
     from shira.adapter.adapter import Adapter, AdapterTensor
-    from shira.adapter.fusion import Base
+    from shira.files.checkpoint import Base
     from shira.masks.config import ShiraConfig
 
 FORMAT = "shira/1"
@@ -488,8 +488,7 @@ def _config(fields: Any, newer: bool) -> ShiraConfig | None:
 
 def _check_recomputable(adapter: Adapter, base: Base | None) -> None:
     """Refuses an adapter whose mask the base and the config do not give, or that was made for another base."""
-    from shira.adapter.fusion import entries_of, opened
-    from shira.training.attach import check_base
+    from shira.adapter.base import check_base, entries_of, opened
 
     parts = [(name, tensor.shape, tensor.dtype) for name, tensor in adapter.items()]
     for name, indices in _chosen(parts, adapter.config, base).items():
@@ -510,7 +509,7 @@ def _chosen(
     parts: list[tuple[str, tuple[int, ...], torch.dtype]], config: ShiraConfig | None, base: Base | None
 ) -> dict[str, torch.Tensor]:
     """name -> the indices that the config chooses in the base, on the CPU. One tensor of the base is read at a time."""
-    from shira.adapter.fusion import opened
+    from shira.adapter.base import opened
     from shira.masks.choose import Selection
 
     if config is None or config.mask_name not in RECOMPUTABLE:

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from shira.adapter.adapter import Adapter, AdapterTensor, checksum_of
-from shira.adapter.difference import Progress, no_progress
-from shira.files.checkpoint import Base as Base
-from shira.files.checkpoint import TensorFolder
-from shira.model.names import canonical, first_names, resolve
-from shira.training.attach import check_base, check_fits
+from shira.adapter.base import Find, Read, check_base, check_fits, entries_of, opened
+from shira.files.checkpoint import Base
+from shira.files.progress import Progress, no_progress
 from shira_kernels import fuse_adapters
 from shira_kernels.ops.fuse_adapters import POLICIES
-
-_Read = Callable[[], torch.Tensor]
-_Find = Callable[[str], tuple[str, _Read | None]]
 
 
 @torch.no_grad()
@@ -74,7 +67,7 @@ def fuse(
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
     with opened(base) as find:
-        by_name: dict[str, list[tuple[str, AdapterTensor, _Read | None, float]]] = {}
+        by_name: dict[str, list[tuple[str, AdapterTensor, Read | None, float]]] = {}
         for position, (_, adapter, strength) in enumerate(loaded):
             for name, (label, tensor, read) in _parts(adapter, find).items():
                 by_name.setdefault(name, []).append((f"adapters[{position}]: {label}", tensor, read, strength))
@@ -112,7 +105,7 @@ def _origin(name: str | None, adapter: Adapter, strength: float) -> dict[str, An
     return origin if adapter.provenance is None else {**origin, "provenance": adapter.provenance}
 
 
-def _fused(parts: list[tuple[str, AdapterTensor, _Read | None, float]], policy: str, force: bool) -> AdapterTensor:
+def _fused(parts: list[tuple[str, AdapterTensor, Read | None, float]], policy: str, force: bool) -> AdapterTensor:
     """The parts of one tensor as one."""
     _, first, read, _ = parts[0]
     weight = read and read()
@@ -165,9 +158,9 @@ def deltas(adapter: Adapter, base: Base | None, *, force: bool = False) -> dict[
         }
 
 
-def _parts(adapter: Adapter, find: _Find) -> dict[str, tuple[str, AdapterTensor, _Read | None]]:
+def _parts(adapter: Adapter, find: Find) -> dict[str, tuple[str, AdapterTensor, Read | None]]:
     """Canonical name -> the adapter's own name, its part, and how to read the base's tensor."""
-    parts: dict[str, tuple[str, AdapterTensor, _Read | None]] = {}
+    parts: dict[str, tuple[str, AdapterTensor, Read | None]] = {}
     for label, tensor in adapter.items():
         name, read = find(label)
         if name in parts:
@@ -189,54 +182,3 @@ def _delta(label: str, tensor: AdapterTensor, weight: torch.Tensor | None, force
     if not force:
         check_base(label, tensor, entries)
     return values if tensor.kind == "add" else values - entries.to(dtype)
-
-
-def entries_of(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The weight's entries at flat `indices`, on the device of those."""
-    return weight.detach().view(-1).index_select(0, indices.to(weight.device)).to(indices.device)
-
-
-@contextmanager
-def opened(base: Base | None) -> Iterator[_Find]:
-    """Gives a function from a tensor's name to its canonical one (in a model that of its first use) and how to read it:
-    one tensor at a time, for a file may hold more than memory."""
-    if base is None:
-        yield lambda name: (canonical(name), None)
-    elif isinstance(base, nn.Module):
-        model, first = base, first_names(base)
-
-        def in_model(name: str) -> tuple[str, _Read]:
-            weight = resolve(model, name)
-            return first[weight], lambda: weight
-
-        yield in_model
-    elif isinstance(base, Mapping):
-        yield _finder(base, base.__getitem__)
-    elif isinstance(base, (str, os.PathLike)) and os.path.isdir(base):
-        folder = TensorFolder(base)
-        yield _finder(folder, folder.__getitem__)
-    elif isinstance(base, (str, os.PathLike)):
-        from safetensors import SafetensorError, safe_open
-
-        with open(base, "rb"):  # for the usual OSError, with errno and path
-            pass
-        try:
-            file = safe_open(base, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(base)}: not a whole safetensors file: {error}") from None
-        with file:
-            yield _finder(file.keys(), file.get_tensor)
-    else:
-        raise ValueError(f"base must be a model, its state dict or the path of safetensors, got {base!r}")
-
-
-def _finder(names: Iterable[str], tensor_of: Callable[[str], torch.Tensor]) -> _Find:
-    own_names = {canonical(own): own for own in names}
-
-    def find(name: str) -> tuple[str, _Read]:
-        wanted = canonical(name)
-        if wanted not in own_names:
-            raise ValueError(f"{name}: the base has no tensor of this name")
-        return wanted, lambda: tensor_of(own_names[wanted])
-
-    return find

@@ -19,7 +19,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from shira.adapter.adapter import Adapter, AdapterTensor
-from shira.adapter.fusion import Base, deltas
+from shira.adapter.fusion import deltas
+from shira.files.checkpoint import Base
 from shira.model.names import canonical
 
 Source: TypeAlias = Adapter | str | os.PathLike[str]  # an adapter or its file

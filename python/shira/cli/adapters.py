@@ -19,7 +19,7 @@ from shira.model.names import printable
 
 if TYPE_CHECKING:
     from shira.adapter.adapter import Adapter
-    from shira.adapter.difference import Progress
+    from shira.files.progress import Progress
 
 
 class CommandError(Exception):

@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import nn
 
 from shira.adapter.adapter import Adapter, AdapterTensor, checksum_of
-from shira.adapter.fusion import Base, opened
+from shira.adapter.base import opened
+from shira.files.checkpoint import Base
 from shira.serving.bank import ResidentAdapters
 from shira_kernels import backends
 from shira_kernels.bits import as_bits

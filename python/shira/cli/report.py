@@ -21,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from shira.adapter.adapter import Adapter
-from shira.adapter.fusion import Base
 from shira.adapter.metrics import Interference, Overlap, as_deltas, energy_of, interference_of, overlap_of, pairs
 from shira.files.atomic import write_atomically
+from shira.files.checkpoint import Base
 from shira.files.output import check_files_free
 from shira.model.names import printable
 

@@ -22,7 +22,7 @@ import shira
 from shira.files.atomic import write_atomically
 from shira.files.output import check_files_free
 from shira.masks.config import ShiraConfig
-from shira.masks.functions import needs_gradient
+from shira.masks.ranking import needs_gradient
 from shira.model.names import printable
 
 FILES = ("adapter.safetensors", "training.json", "training.png")

@@ -20,20 +20,19 @@ import torch
 from torch import nn
 
 from shira.adapter.adapter import DTYPES, Adapter, AdapterTensor, checksum_of
+from shira.adapter.base import check_base, check_fits, entries_of
 from shira.adapter.difference import (
     Energies,
-    Progress,
     changes,
     check_top,
     energy_facts,
-    no_progress,
     warn_where_not_sparse,
 )
-from shira.adapter.fusion import deltas, entries_of
+from shira.adapter.fusion import deltas
 from shira.files.checkpoint import Base, TensorFolder, open_tensors, save_tensors
 from shira.files.output import check_free, check_replaceable, written_whole
+from shira.files.progress import Progress, no_progress
 from shira.model.names import canonical, first_names
-from shira.training.attach import check_base, check_fits
 from shira_kernels.bits import as_bits
 
 WRITTEN = ("shira", "peft-shira", "patch")

@@ -15,15 +15,14 @@ import torch
 from torch import nn
 
 from shira.adapter.adapter import Adapter, AdapterTensor, checksum_of
-from shira.adapter.difference import Progress, no_progress
+from shira.adapter.base import check_base, check_fits, entries_of
 from shira.adapter.file import describe
-from shira.adapter.fusion import entries_of
 from shira.files.atomic import AdapterFormatError
 from shira.files.checkpoint import Base, TensorFolder, open_tensors
 from shira.files.output import check_apart, check_free, check_replaceable, written_whole
+from shira.files.progress import Progress, no_progress
 from shira.model.names import canonical
 from shira.serving.bank import ResidentAdapters
-from shira.training.attach import check_base, check_fits
 from shira_kernels.bits import as_bits
 
 # Weights in other formats: they would still be those of the base.

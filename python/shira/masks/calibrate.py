@@ -11,7 +11,7 @@ from torch import nn
 
 from shira.masks.choose import Selection
 from shira.masks.config import ShiraConfig
-from shira.masks.functions import needs_gradient
+from shira.masks.ranking import needs_gradient
 
 Loss = Callable[[Any, Any], torch.Tensor]
 

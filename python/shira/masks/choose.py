@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shira.masks import functions as masks
+from shira.masks import ranking
 from shira.masks.config import ShiraConfig
 from shira.masks.functions import MASKS, Mask
 
@@ -78,7 +78,7 @@ class Selection:
         """Ranks one weight. Neither its gradient is kept nor `weight`, which stands for one on the meta device."""
         weight = (self._weights[name] if weight is None else weight).detach()
         try:
-            if masks.needs_gradient(self._config.mask) and grad is None:
+            if ranking.needs_gradient(self._config.mask) and grad is None:
                 raise ValueError(f"mask {self._config.mask!r} ranks by the gradient: calibration batches are needed")
             if self._ranks_model:
                 self._rank(name, weight, grad)
@@ -94,7 +94,7 @@ class Selection:
         if self._ranks_model and self._best:
             self._keep(self._leave, self._take)
             for name, (runs, _) in self._best.items():
-                self._chosen[name] = masks.entries_of(runs, self._config.granularity, self._weights[name])
+                self._chosen[name] = ranking.entries_of(runs, self._config.granularity, self._weights[name])
         return {name: self._chosen[name] for name in self._weights}
 
     def _choose(self, name: str, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
@@ -122,10 +122,10 @@ class Selection:
     def _rank(self, name: str, weight: torch.Tensor, grad: torch.Tensor | None) -> None:
         config = self._config
         assert isinstance(config.mask, str)
-        masks.budget(weight, 1.0, None, 0, 0, 1)  # for its checks of the weight
-        score = masks.run_scores(config.mask, weight, grad, config.granularity)
+        ranking.budget(weight, 1.0, None, 0, 0, 1)  # for its checks of the weight
+        score = ranking.run_scores(config.mask, weight, grad, config.granularity)
         needed = self._leave + self._take
-        runs = masks.top_runs(score, 0, min(needed, score.numel()))
+        runs = ranking.top_runs(score, 0, min(needed, score.numel()))
         self._best[name] = (runs, score[runs])
         # Not after each weight: a merge costs what is kept, so it waits until twice as much is there.
         if sum(runs.numel() for runs, _ in self._best.values()) > 2 * needed:
@@ -140,7 +140,7 @@ class Selection:
         for name in names:
             dtype = torch.promote_types(dtype, self._best[name][1].dtype)
         counts = [self._best[name][0].numel() for name in names]
-        places = masks.top_runs(torch.cat([self._best[name][1].to(home, dtype) for name in names]), leave, take)
+        places = ranking.top_runs(torch.cat([self._best[name][1].to(home, dtype) for name in names]), leave, take)
         ends = torch.tensor([0, *counts], device=home).cumsum(0)
         borders = torch.searchsorted(places, ends).tolist()
         for i, name in enumerate(names):

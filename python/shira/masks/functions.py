@@ -7,10 +7,8 @@ from typing import Protocol
 
 import torch
 
-from shira_kernels import topk_indices
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_CHUNK = 1 << 16  # entries hashed at a time: what fits a cache
+from shira.masks.hashing import GAMMA, hashes_up_to, mix_of
+from shira.masks.ranking import budget, entries_of, first_runs, run_scores, top_runs
 
 
 class Mask(Protocol):
@@ -86,7 +84,7 @@ def struct(
         entries = entries[line != across]
         entries = torch.cat([numbers[:on_diagonal] * (shape[1] + 1), entries])
     entries = entries.view(-1)[:needed]
-    return entries_of(_first_runs(entries, granularity)[leave : leave + take].sort().values, granularity, weight)
+    return entries_of(first_runs(entries, granularity)[leave : leave + take].sort().values, granularity, weight)
 
 
 def wm(
@@ -189,7 +187,7 @@ def rand(
     kept = needed + 6 * math.isqrt(needed) + 16
     while True:
         limit = min(2**64 * kept // count, 2**64 - 1)
-        runs, order = _hashes_up_to(limit, count, _mix_int(seed + _GAMMA), weight.device)
+        runs, order = hashes_up_to(limit, count, mix_of(seed + GAMMA), weight.device)
         if runs.numel() >= needed:
             break
         kept *= 2
@@ -207,160 +205,7 @@ MASKS: dict[str, Mask] = {
 }
 
 
-def budget(
-    weight: torch.Tensor, density: float, k: int | None, seed: int, skip: int, granularity: int
-) -> tuple[int, int]:
-    """How many runs to take and how many of the ranking to leave out before them."""
-    if weight.dtype not in _DTYPES or weight.is_meta or not weight.numel():
-        raise ValueError(
-            "weight must be float64, float32, bfloat16 or float16 and hold data, "
-            f"got {weight.dtype} {tuple(weight.shape)}"
-        )
-    numel = weight.numel()
-    for argument, value in (("k", 1 if k is None else k), ("skip", skip), ("granularity", granularity), ("seed", seed)):
-        if type(value) is not int:
-            raise ValueError(f"{argument} must be a whole number, got {value!r}")
-    if k is None:
-        if type(density) not in (int, float) or not 0.0 < density <= 1.0:
-            raise ValueError(f"density must be above 0 and at most 1, got {density!r}")
-        k = max(1, round(density * numel))
-    if not 1 <= k <= numel:
-        raise ValueError(f"k must lie in [1, {numel}], the number of elements, got {k}")
-    if granularity < 1:
-        raise ValueError(f"granularity must be at least 1, got {granularity}")
-    count = math.ceil(numel / granularity)
-    take, leave = max(1, round(k / granularity)), round(skip / granularity)
-    if skip < 0 or leave + take > count:
-        raise ValueError(f"skip must lie in [0, {(count - take) * granularity}], so that k entries follow, got {skip}")
-    return take, leave
-
-
-def needs_gradient(mask: object) -> bool:
-    """Whether the mask of this name ranks by the gradient."""
-    return isinstance(mask, str) and mask in ("grad", "snip")
-
-
-def run_scores(mask: str, weight: torch.Tensor, grad: torch.Tensor | None, granularity: int) -> torch.Tensor:
-    """[runs]: what the masks wm, grad, snip and small rank the runs of a weight by, the largest first.
-
-    A run's score is the sum of its entries', in at least float32.
-    """
-    weight = weight.detach()
-    if needs_gradient(mask):
-        if not isinstance(grad, torch.Tensor):
-            raise ValueError(f"grad must be given: mask {mask!r} ranks by the gradient")
-        if grad.shape != weight.shape or grad.device != weight.device or not grad.is_floating_point():
-            raise ValueError(
-                f"grad must be floating point {tuple(weight.shape)} on {weight.device} like the weight, "
-                f"got {grad.dtype} {tuple(grad.shape)} on {grad.device}"
-            )
-        grad = grad.detach()
-    if mask == "grad":
-        assert grad is not None
-        score = grad.abs()
-    elif mask == "snip":
-        assert grad is not None
-        compute = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
-        score = torch.mul(weight.to(compute), grad).abs_()
-    else:
-        score = weight.abs()
-        score = score.neg_() if mask == "small" else score
-    score = score.reshape(-1)
-    if granularity > 1:
-        score = score.to(torch.promote_types(score.dtype, torch.float32))
-        score = torch.nn.functional.pad(score, (0, -score.numel() % granularity)).view(-1, granularity).sum(1)
-    return score
-
-
-def top_runs(score: torch.Tensor, leave: int, take: int) -> torch.Tensor:
-    """Of a ranking by score, of equal ones the first, those from `leave` on, `take` of them: sorted, int64.
-
-    Raises ValueError for NaN scores.
-    """
-    first = _top(score, leave + take)
-    if not leave:
-        return first
-    kept = torch.ones(first.numel(), dtype=torch.bool, device=score.device)
-    kept[torch.searchsorted(first, _top(score, leave))] = False
-    return first[kept]
-
-
-def _top(score: torch.Tensor, k: int) -> torch.Tensor:
-    refused = False
-    try:
-        top = topk_indices(score, k).long()
-        # NaN comes first where the op does not refuse it, on a GPU.
-        refused = score.device.type != "cpu" and bool(score[top].isnan().any())
-    except RuntimeError:
-        if not bool(score.isnan().any()):
-            raise
-        refused = True
-    if refused:
-        raise ValueError("NaN scores are refused: neither weight nor grad may hold NaN (or infinity times 0)")
-    return top
-
-
 def _ranked(
     mask: str, weight: torch.Tensor, grad: torch.Tensor | None, take: int, leave: int, granularity: int
 ) -> torch.Tensor:
     return entries_of(top_runs(run_scores(mask, weight, grad, granularity), leave, take), granularity, weight)
-
-
-def _first_runs(entries: torch.Tensor, granularity: int) -> torch.Tensor:
-    """The runs of a ranking's entries, each once, where its first entry is."""
-    if granularity == 1:
-        return entries
-    runs, position = (entries // granularity).unique(return_inverse=True)
-    places = torch.arange(entries.numel(), device=entries.device)
-    first = torch.full_like(runs, entries.numel()).scatter_reduce_(0, position, places, "amin")
-    return runs[first.argsort()]
-
-
-def entries_of(runs: torch.Tensor, granularity: int, weight: torch.Tensor) -> torch.Tensor:
-    """The flat positions of the given runs (int64, sorted)."""
-    if granularity > 1:
-        runs = (runs[:, None] * granularity + torch.arange(granularity, device=runs.device)).view(-1)
-        runs = runs[runs < weight.numel()]
-    return runs.to(torch.int32 if weight.numel() < 2**31 else torch.int64)
-
-
-_GAMMA = 0x9E3779B97F4A7C15
-_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-
-
-def _mix_int(z: int) -> int:
-    z %= 2**64
-    for shift, multiplier in _MULTIPLIERS:
-        z = ((z ^ (z >> shift)) * multiplier) % 2**64
-    return z ^ (z >> 31)
-
-
-def _signed(z: int) -> int:
-    """The int64 with the bits of z modulo 2^64."""
-    return (z + 2**63) % 2**64 - 2**63
-
-
-def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """z >> bits without the copies of the sign that int64 shifts in."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(z: torch.Tensor) -> torch.Tensor:
-    for shift, multiplier in _MULTIPLIERS:
-        z = (z ^ _shift_right(z, shift)) * _signed(multiplier)
-    return z ^ _shift_right(z, 31)
-
-
-def _hashes_up_to(limit: int, count: int, key: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers below `count` whose hash is at most `limit`, in order, and their hashes less 2^63.
-
-    torch has no arithmetic of uint64, so this is int64 that wraps around; less 2^63, signed order is unsigned order.
-    """
-    numbers, hashes = [], []
-    for start in range(0, count, _CHUNK):
-        number = torch.arange(start, min(start + _CHUNK, count), device=device)
-        hashed = _mix(number * _signed(_GAMMA) + _signed(key + _GAMMA)) ^ _signed(2**63)
-        low = hashed <= limit - 2**63
-        numbers.append(number[low])
-        hashes.append(hashed[low])
-    return torch.cat(numbers), torch.cat(hashes)

@@ -17,13 +17,15 @@ import torch
 from torch import nn
 
 from shira.adapter.adapter import Adapter, checksum_of
+from shira.adapter.base import check_base, check_fits
+from shira.model.claims import check_claim, claim
 from shira.model.interrupts import interrupts_held, no_autocast
+from shira.model.modules import bypassed, users_of
 from shira.model.names import first_names, resolve
 from shira.serving import arena
 from shira.serving import layers as unfused
 from shira.serving.arena import Arena, Kept, Key, Piece, Pieces, Plan, Share, Write, Written, base_entries
 from shira.serving.pages import Counts, Deltas, Immovable, Pages, Target
-from shira.training.attach import check_base, check_claim, check_fits, claim, users_of
 from shira_kernels import scatter_apply
 
 
@@ -493,7 +495,7 @@ class ResidentAdapters:
 
     def _note_linears(self, name: str, pieces: Pieces) -> None:
         """Whether a batch may use an adapter, and the layers that it then changes."""
-        users, skipped = users_of(self._model), unfused.bypassed(self._model)
+        users, skipped = users_of(self._model), bypassed(self._model)
         linears, transposed = {}, {}
         for piece in itertools.chain(*pieces.values()):
             for tensor_name, weight in zip(piece.names, piece.arena.weights, strict=True):

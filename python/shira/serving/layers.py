@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 import torch
 from torch import nn
 
+from shira.model import modules
+from shira.model.modules import Users
 from shira.serving.pages import Table, sent
-from shira.training import layers
 from shira_kernels import sparse_delta_mm_batched
 
 # When unfused inference has cost as much as switching in and out, in tokens that the block has run; a forward costs as
@@ -35,7 +36,6 @@ _KEPT = 16  # numbers of rows, and for each of tokens, whose slots are kept
 add_sparse_delta_mm_batched = torch.ops.shira.add_sparse_delta_mm_batched.default
 
 T = TypeVar("T")
-Users = Mapping[torch.Tensor, Sequence[tuple[str, nn.Module, str]]]  # of each parameter: module's name, module, role
 
 
 def is_captured(x: torch.Tensor) -> bool:
@@ -265,19 +265,8 @@ def _unfused_class(mixin: type[_UnfusedLinear], original: type[nn.Module]) -> ty
 
 
 def is_transposed(module: nn.Module) -> bool | None:
-    """`layers.is_transposed`, also while a batch is open."""
-    return isinstance(module, _UnfusedConv1D) if isinstance(module, _UnfusedLinear) else layers.is_transposed(module)
-
-
-def bypassed(model: nn.Module) -> set[nn.Module]:
-    """Layers whose weights their owners read without calling them."""
-    found: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            found.update((module.linear1, module.linear2))
-        elif layers.is_bypassed(module):
-            found.add(module)
-    return found
+    """`modules.is_transposed`, also while a batch is open."""
+    return isinstance(module, _UnfusedConv1D) if isinstance(module, _UnfusedLinear) else modules.is_transposed(module)
 
 
 def obstacle(weight: torch.Tensor, users: Users, skipped: set[nn.Module]) -> str | None:
@@ -296,7 +285,7 @@ def obstacle(weight: torch.Tensor, users: Users, skipped: set[nn.Module]) -> str
 
 def enter(module: nn.Module, table: Table, rows: Rows) -> None:
     """Makes a linear layer add the deltas of a table."""
-    mixin = _UnfusedConv1D if layers.is_transposed(module) else _UnfusedLinear
+    mixin = _UnfusedConv1D if modules.is_transposed(module) else _UnfusedLinear
     _mark_dynamic(table)
     vars(module).update(shira_table=table, shira_rows=rows)
     module.__class__ = _unfused_class(mixin, type(module))  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ of the entries alone where the layer allows that (see `shira.training.layers`).
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,12 @@ import torch
 from torch import nn
 
 from shira.adapter.adapter import DTYPES, Adapter, AdapterTensor, checksum_of
+from shira.adapter.base import check_base, check_fits, entries_of
 from shira.masks.calibrate import Loss, calibrate
 from shira.masks.choose import choose_entries
 from shira.masks.config import ALL_LINEAR, ShiraConfig, names_match
+from shira.model.claims import check_claim, claim
+from shira.model.modules import Users, is_bypassed, is_linear, users_of
 from shira.model.names import canonical, first_names, resolve
 from shira.training import layers
 from shira.training.layers import Attached, Target
@@ -229,36 +231,6 @@ def attach_with(
     return handle
 
 
-def check_claim(name: str, weight: torch.Tensor, owner: object) -> None:
-    """Raises RuntimeError if another than `owner` ("attach", or a bank) changes the weight now: with both at once
-    neither could give the base back."""
-    held = getattr(weight, "_shira_owner", owner)
-    if held != owner:
-        who = held if isinstance(held, str) else type(held).__name__
-        raise RuntimeError(f"{name}: {who} is changing this weight; detach, or switch(None), first")
-
-
-def claim(weight: torch.Tensor, owner: object) -> None:
-    """Notes who changes a weight, and keeps it, for it has the base; None for nobody any more."""
-    if owner is not None:
-        weight._shira_owner = owner  # type: ignore[attr-defined]
-    elif hasattr(weight, "_shira_owner"):
-        del weight._shira_owner
-
-
-Users = Mapping[torch.Tensor, list[tuple[str, nn.Module, str]]]
-
-
-def users_of(model: nn.Module) -> Users:
-    """For each parameter the modules that have it, in the model's order: their names and what they call it."""
-    users: dict[torch.Tensor, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in model.named_modules():
-        for role, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(parameter, []).append((name, module, role))
-    return users
-
-
 def _mixins(
     model: nn.Module, weights: Sequence[nn.Parameter], users: Users, mixin: MixinFor
 ) -> dict[nn.Module, type[Attached]]:
@@ -351,27 +323,6 @@ def _continue(model: nn.Module, adapter: Adapter, weights: Mapping[str, nn.Param
     return [chosen[weight] for weight in names if weight in chosen]
 
 
-def check_fits(name: str, tensor: AdapterTensor, weight: torch.Tensor) -> None:
-    """Refuses with ValueError an adapter's tensor of another shape or dtype than the model's, and a weight that cannot
-    be written in place."""
-    if tuple(weight.shape) != tensor.shape:
-        raise ValueError(f"{name}: the adapter's shape is {tensor.shape}, the model's {tuple(weight.shape)}")
-    if weight.dtype != tensor.dtype:
-        raise ValueError(f"{name}: the adapter's dtype is {tensor.dtype}, the model's {weight.dtype}")
-    if weight.is_meta:
-        raise ValueError(f"{name}: the model's tensor is on the meta device and holds no data")
-    if not weight.is_contiguous():
-        raise ValueError(f"{name}: the model's tensor must be contiguous, got strides {weight.stride()}")
-
-
-def check_base(name: str, tensor: AdapterTensor, base: torch.Tensor) -> None:
-    """Refuses with ValueError an adapter's tensor that was made for other base entries; warns if that is not known."""
-    if tensor.checksum is None:
-        warnings.warn(f"{name}: no checksum, so the adapter may belong to another base", stacklevel=3)
-    elif tensor.checksum != checksum_of(base):
-        raise ValueError(f"{name}: the adapter belongs to another base: the entries it changes have another checksum")
-
-
 def _matched_weights(model: nn.Module, config: ShiraConfig) -> list[nn.Parameter]:
     """The weights of the modules that target_modules means."""
     found = matched_modules(model, config)
@@ -397,7 +348,7 @@ def matched_modules(model: nn.Module, config: ShiraConfig) -> dict[str, nn.Modul
         return {
             name: module
             for name, module in named.items()
-            if layers.is_linear(module) and module is not output and not layers.is_bypassed(module)
+            if is_linear(module) and module is not output and not is_bypassed(module)
         }
     return {name: module for name, module in named.items() if name_matches(name, config)}
 
@@ -435,11 +386,6 @@ def _is_saved(parameter_name: str, entries: Sequence[str]) -> bool:
 
 def _values_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-def entries_of(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """A copy of a contiguous weight's entries."""
-    return weight.detach().view(-1)[indices]
 
 
 def _ignore_in_ddp(model: nn.Module, targets: list[Target]) -> list[str]:

@@ -14,7 +14,6 @@ with the values if those changed; then the forward is the module's own. How the 
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -25,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from shira.model.modules import is_bypassed, transformers_conv1d
 from shira_kernels import scatter_apply
 from shira_kernels.bits import as_bits
 from shira_kernels.ops.masked_grad import masked_grad
@@ -584,13 +584,8 @@ def _kinds() -> Iterator[tuple[type[nn.Module], type[Attached]]]:
     yield nn.Linear, _AttachedLinear
     yield nn.Embedding, _AttachedEmbedding
     yield from ((conv, _AttachedReader) for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    if conv1d := _transformers_conv1d():
+    if conv1d := transformers_conv1d():
         yield conv1d, _AttachedConv1D
-
-
-def _transformers_conv1d() -> type[nn.Module] | None:
-    """A module of that class can only be there if its file was imported."""
-    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 
 def mixin_of(module: nn.Module) -> type[Attached] | None:
@@ -599,22 +594,6 @@ def mixin_of(module: nn.Module) -> type[Attached] | None:
         if isinstance(module, kind):
             return mixin if type(module).forward is kind.forward else _AttachedReader
     return None
-
-
-def is_transposed(module: nn.Module) -> bool | None:
-    """Whether a linear layer's weight is [in, out]; None for another layer, or one with a forward of its own."""
-    mixin = mixin_of(module)
-    return mixin.shira_transposed if mixin is not None and issubclass(mixin, _AttachedLinear) else None
-
-
-def is_linear(module: nn.Module) -> bool:
-    conv1d = _transformers_conv1d()
-    return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
-
-
-def is_bypassed(module: nn.Module) -> bool:
-    """nn.MultiheadAttention reads the weight of its out_proj, and never calls it."""
-    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def refusal(module: nn.Module) -> str | None:
