@@ -2,8 +2,8 @@
 
     python bench/host_time_cuda.py
 
-Runs the host code of csrc/cuda on CPU tensors (tests/cuda_on_host) through torch.ops, on one thread. What a real launch
-costs in the CUDA driver comes on top: about 3 to 6 us for each. Prints minimum and median, in us.
+Runs the host code of csrc/cuda on CPU tensors (tests/ops/cuda_on_host) through torch.ops, on one thread. What a real
+launch costs in the CUDA driver comes on top: about 3 to 6 us for each. Prints minimum and median, in us.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests/ops"))
 
 from cuda_on_host.extension import Extension
 

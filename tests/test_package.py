@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from processes import ROOT, python
 
 import shira_kernels
 from shira_kernels import backends
 from shira_kernels.ops import OPS
 
-ROOT = Path(__file__).parent.parent
 WITHOUT_EXTENSION = """
 import sys
 class Hide:
@@ -33,18 +33,6 @@ torch.ops.shira.scatter_apply(weight, torch.tensor([1]), torch.ones(1))
 assert weight.tolist() == [0, 1, 0, 0]
 print(shira_kernels.backends.active("scatter_apply", "cpu"), dict(shira_kernels.backends.calls()))
 """
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SHIRA_", "TRITON_"))}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**inherited, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="C++ extension not built")

@@ -20,8 +20,8 @@ def problems() -> list[str]:
             has_none = composed or (op in HOST_OPS and "triton" in path)
             if (ROOT / path).is_file() == has_none:
                 found.append(f"op {op} has {path}, but needs none" if has_none else f"op {op} has no {path}")
-        if not (ROOT / f"tests/test_{op}.py").is_file():
-            found.append(f"op {op} has no tests/test_{op}.py")
+        if not (ROOT / f"tests/ops/test_{op}.py").is_file():
+            found.append(f"op {op} has no tests/ops/test_{op}.py")
     for folder, suffix in (("reference", ".py"), ("triton", ".py")):
         for path in (ROOT / "shira_kernels" / folder).glob(f"[a-z]*{suffix}"):
             if path.stem not in OPS:

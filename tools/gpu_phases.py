@@ -165,7 +165,7 @@ def figures(setup: Setup) -> Iterator[Task]:
 
 def gpu_tests() -> list[str]:
     """The files with tests that are marked gpu."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in files if re.search(r"mark\.gpu\b|each_backend", path.read_text())]
 
 
@@ -189,7 +189,7 @@ def tests(setup: Setup) -> Iterator[Task]:
     else:
         gpu_records.append(record, remark="pytest-timeout is not installed: a test that hangs takes the phase's time")
     if setup.rehearse:
-        files = [f"tests/test_{op}.py" for op in REHEARSED_TESTS]
+        files = [f"tests/ops/test_{op}.py" for op in REHEARSED_TESTS]
         command += [*files, "-k", "triton-interpreter and not (opcheck or compile or rounding or bad_input)"]
     else:
         command += ["-m", "gpu", *gpu_tests()]

@@ -1,4 +1,4 @@
-"""CUDA C++ without a GPU: the kernels and their host code, compiled by g++, run on CPU tensors (tests/cuda_on_host)."""
+"""CUDA C++ without a GPU: kernels and their host code, compiled by g++, run on CPU tensors (tests/ops/cuda_on_host)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ each_place_of_one_list = pytest.mark.parametrize("place", PLACES[:2])
 
 
 def test_every_op_of_the_cuda_folder_is_registered() -> None:
-    files = {path.stem for path in Path(__file__).parent.parent.glob("csrc/cuda/*.cu")} - {"launch"}
+    files = {path.stem for path in Path(__file__).parents[2].glob("csrc/cuda/*.cu")} - {"launch"}
     assert set(extension().ops) == files
     assert files <= set(OPS)
 
@@ -316,7 +316,9 @@ def wrong_lists_leave_nothing() -> None:
 
 def test_wrong_lists_leave_nothing() -> None:
     folder = Path(__file__).parent
-    path = os.pathsep.join([str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(folder), str(folder.parent / "helpers"), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     code = "import test_cuda_on_host as t; t.wrong_lists_leave_nothing(); print('done')"
     done = subprocess.run(
         [sys.executable, "-c", code],

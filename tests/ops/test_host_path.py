@@ -15,6 +15,7 @@ import test_scatter_switch_batched as switch
 import torch
 from backend_matrix import Backend
 from oracle import bits, sorted_indices
+from processes import python
 
 from shira_kernels import backends
 from shira_kernels.ops import OPS
@@ -244,8 +245,6 @@ for parameter in module.{op}_kernel.params:
     elif not parameter.is_constexpr:
         print(parameter.name, "tensor")
 """
-    from test_package import python
-
     lines = python(code).stdout.split("\n")
     kinds = dict(line.split() for line in lines if line)
     assert {"i32", "i64", "tensor"} >= set(kinds.values())

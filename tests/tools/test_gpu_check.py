@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PARTS = ("gpu_driver", "gpu_phases", "gpu_pytest", "gpu_records", "gpu_smoke", "gpu_summary")
 
 
@@ -297,7 +297,7 @@ def test_the_summary_stays_short_with_all_ops_and_long_failures(check: Check, gp
         gpu.records.append(check.out / "smoke.jsonl", **facts, case="c" * 50, result="wrong", note="n" * 5000)
         gpu.records.append(
             check.out / "tests.jsonl",
-            test=f"tests/test_{op}.py::test_{'x' * 300}[{backend}-gpu]",
+            test=f"tests/ops/test_{op}.py::test_{'x' * 300}[{backend}-gpu]",
             outcome="failed",
             note="e" * 999,
         )
@@ -363,12 +363,12 @@ def gpu_check() -> Any:
 
 def test_tests_are_told_by_op_and_backend(gpu: Any) -> None:
     of = gpu.summary.test_of
-    assert of("tests/test_topk_indices.py::test_a[x-triton-gpu]") == ("topk_indices", "triton")
-    assert of("tests/test_scatter_apply.py::test_a[cuda-gpu-torch.int32]") == ("scatter_apply", "cuda")
-    assert of("tests/test_scatter_apply.py::test_a[reference-gpu]") == ("scatter_apply", "reference")
-    assert of("tests/test_scatter_apply.py::test_a[1.0-triton-interpreter-x]") == ("scatter_apply", "triton")
-    assert of("tests/test_gpu.py::test_cuda_graph[cuda]") == ("", "cuda")
-    assert of("tests/test_resident.py::test_gpu") == ("", "")
+    assert of("tests/ops/test_topk_indices.py::test_a[x-triton-gpu]") == ("topk_indices", "triton")
+    assert of("tests/ops/test_scatter_apply.py::test_a[cuda-gpu-torch.int32]") == ("scatter_apply", "cuda")
+    assert of("tests/ops/test_scatter_apply.py::test_a[reference-gpu]") == ("scatter_apply", "reference")
+    assert of("tests/ops/test_scatter_apply.py::test_a[1.0-triton-interpreter-x]") == ("scatter_apply", "triton")
+    assert of("tests/gpu/test_gpu.py::test_cuda_graph[cuda]") == ("", "cuda")
+    assert of("tests/serving/test_resident.py::test_gpu") == ("", "")
 
 
 # In place of torch, which takes seconds to import.
@@ -403,7 +403,9 @@ def run_dummy_tests(tmp_path: Path, gpu: Any, *options: str) -> tuple[int, dict[
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: dummy\n")
     record = tmp_path / "tests.jsonl"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_errors", "-p", "gpu_pytest", f"--gpu-record={record}"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT / "tests"), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(tmp_path), str(ROOT / "tests/helpers"), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+    )
     environment = {**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command += [*options, "test_dummy.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -500,7 +502,7 @@ def test_the_phases_of_a_gpu_run_are_within_the_deadline_and_their_files_known(g
 
 def test_every_test_marked_gpu_is_in_a_file_that_the_check_runs(gpu: Any) -> None:
     found = set(gpu.phases.gpu_tests())
-    assert {"tests/test_gpu.py", "tests/test_masked_grad.py", "tests/test_resident.py"} <= found
+    assert {"tests/gpu/test_gpu.py", "tests/ops/test_masked_grad.py", "tests/serving/test_resident.py"} <= found
 
 
 CUOBJDUMP = """#!/bin/sh

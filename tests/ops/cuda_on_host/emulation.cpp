@@ -5,8 +5,8 @@
 #include <cstdio>
 #include <vector>
 
-#include "../../csrc/cuda/facts.h"
-#include "../../csrc/host/torch_stable.h"
+#include "../../../csrc/cuda/facts.h"
+#include "../../../csrc/host/torch_stable.h"
 #include "cuda_runtime.h"
 
 namespace cuda_on_host {

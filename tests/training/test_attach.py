@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from models import mlp
 from torch import nn
 from torch.nn import functional as F
 
@@ -38,10 +39,6 @@ def assert_state(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def mlp(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 8, bias=bias), nn.ReLU(inplace=True), nn.Linear(8, 5, bias=bias)).to(dtype)
 
 
 def tiny_llama(tied: bool = True) -> nn.Module:

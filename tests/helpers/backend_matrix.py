@@ -73,7 +73,7 @@ def each_backend_of(op: str) -> pytest.MarkDecorator:
     """Runs a test on every backend that may have a kernel of its own for the op; CUDA C++ only has some ops, and
     AVX512-BF16 only masked_grad and the products with a sparse delta: other kernels there are those of avx512."""
     own = {
-        "cuda": (Path(__file__).parent.parent / f"csrc/cuda/{op}.cu").exists(),
+        "cuda": (Path(__file__).parents[2] / f"csrc/cuda/{op}.cu").exists(),
         "cpu/avx512_bf16": op == "masked_grad" or "sparse_delta_mm" in op,
     }
     chosen = [backend for backend in BACKENDS if own.get(backend.kernel, True)]

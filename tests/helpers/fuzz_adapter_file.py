@@ -1,4 +1,4 @@
-"""Damaged and hostile adapter files: python tests/fuzz_adapter_file.py --seed 0 --files 1000000
+"""Damaged and hostile adapter files: python tests/helpers/fuzz_adapter_file.py --seed 0 --files 1000000
 
 Every file is refused with AdapterFormatError, or gives an adapter that an independent reader finds in it too. A file
 whose checksums were not made right again is refused in any case. Prints the seed of a file that fails.

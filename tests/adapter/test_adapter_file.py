@@ -22,9 +22,9 @@ from fuzz_adapter_file import HUGE, joined, parsed, run, split, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent_reader import read
+from models import mlp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_attach import mlp
 
 import shira
 from shira.adapter import checksum_of
@@ -377,7 +377,7 @@ def test_an_independent_reader_reads_it() -> None:
 
 
 def test_the_example_of_the_document() -> None:
-    document = (Path(__file__).parent.parent / "docs/format.md").read_text()
+    document = (Path(__file__).parents[2] / "docs/format.md").read_text()
     lines = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+)", document, re.MULTILINE)
     example = shira.Adapter(
         {

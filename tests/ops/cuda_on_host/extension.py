@@ -28,7 +28,7 @@ import shira_kernels  # noqa: F401  (defines the schemas)
 from shira_kernels import backends
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 # Not optimised, which compiles fastest. An index outside an array, or an overflow, ends the process.
 CHECKED = ("-O0", "-fsanitize=bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error")
 

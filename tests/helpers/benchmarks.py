@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-BENCH = str(Path(__file__).parent.parent / "bench")
+BENCH = str(Path(__file__).parents[2] / "bench")
 
 
 def module(name: str) -> Any:
