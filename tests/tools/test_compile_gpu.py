@@ -183,7 +183,7 @@ listing = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_outp
 gpu = PretendedGpu()
 next(masked_grad_calls()).run(gpu)
 large = gpu.variants[0]
-few = large._replace(options={**large.options, "maxnreg": 32})
+few = large._replace(options={**large.options, "maxnreg": 64})
 wrong = small._replace(signature={**small.signature, "numel": "*i64"})
 made = [compile_triton(variant)._asdict() for variant in (small, few, wrong)]
 print(json.dumps([made, instructions_of(open(file.name, "rb").read()), listing]))

@@ -369,11 +369,12 @@ class _LinearTap(torch.autograd.Function):
         output: torch.Tensor,
         input: torch.Tensor,
         values: torch.Tensor,
-        csr: tuple[torch.Tensor, torch.Tensor],
+        row_ptr: torch.Tensor,
+        col: torch.Tensor,
         transposed: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(input)
-        ctx.csr, ctx.transposed, ctx.values_dtype = csr, transposed, values.dtype
+        ctx.save_for_backward(input, row_ptr, col)
+        ctx.transposed, ctx.values_dtype = transposed, values.dtype
         return _passed(ctx, output)
 
     @staticmethod
@@ -381,11 +382,11 @@ class _LinearTap(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_values = None
         if ctx.needs_input_grad[2]:
-            (input,) = ctx.saved_tensors
+            input, row_ptr, col = ctx.saved_tensors
             input = input.to(grad_output.dtype)  # under autocast the layer cast it too
             left, right = (input, grad_output) if ctx.transposed else (grad_output, input)
-            grad_values = masked_grad(left, right, *ctx.csr).to(ctx.values_dtype)
-        return grad_output, None, grad_values, None, None
+            grad_values = masked_grad(left, right, row_ptr, col).to(ctx.values_dtype)
+        return grad_output, None, grad_values, None, None, None
 
 
 class _EmbeddingTap(torch.autograd.Function):
@@ -523,7 +524,7 @@ class _AttachedLinear(Attached):
         assert target.csr is not None
         # As a matrix, so that the product is no view: behind an identity in place on a view autograd copies gradients.
         rows = input.flatten(0, -2) if input.dim() > 2 else input
-        output = _LinearTap.apply(self.shira_product(rows), rows, target.values, target.csr, self.shira_transposed)
+        output = _LinearTap.apply(self.shira_product(rows), rows, target.values, *target.csr, self.shira_transposed)
         return output.view(*input.shape[:-1], output.shape[-1]) if input.dim() > 2 else output
 
     def shira_product(self, rows: torch.Tensor) -> torch.Tensor:
