@@ -185,7 +185,9 @@ def tests(setup: Setup) -> Iterator[Task]:
         gpu_records.append(record, remark="pytest-xdist is not installed: tests run in one process, a crash ends them")
     if importlib.util.find_spec("pytest_timeout"):
         # A thread's timer ends a process whose main thread waits for a GPU that does not answer; a signal would not.
-        command += ["--timeout", "30", "--timeout-method", "thread"]
+        # The interpreter takes longer for one test than a GPU that answers.
+        seconds = "300" if setup.rehearse else "30"
+        command += ["--timeout", seconds, "--timeout-method", "thread"]
     else:
         gpu_records.append(record, remark="pytest-timeout is not installed: a test that hangs takes the phase's time")
     if setup.rehearse:
