@@ -1007,7 +1007,7 @@ def test_no_comparison_once_steps_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
     model = mlp()
     handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.5))
     train(model, handle)
-    monkeypatch.setattr(shira.training.layers.Target, "_differs", lambda self: pytest.fail("compared"))
+    monkeypatch.setattr(shira.training.trained.TrainedWeight, "_differs", lambda self: pytest.fail("compared"))
     for _ in range(3):  # accumulation
         model(torch.randn(2, 6)).sum().backward()
 
@@ -1016,7 +1016,7 @@ def test_the_hook_on_steps_goes_with_the_last_handle() -> None:
     from torch.optim import optimizer
 
     gc.collect()
-    shira.training.layers._Steps._targets.clear()
+    shira.training.trained._StepHook._watched.clear()
     model, other = mlp(), mlp()
     handles = [shira.attach(net, shira.ShiraConfig("all-linear", density=0.5)) for net in (model, other)]
     before = len(optimizer._global_optimizer_post_hooks)
@@ -1149,7 +1149,7 @@ def test_the_graph_copies_no_gradients(kind: str) -> None:
         node = pending.pop()
         names.add(type(node).__name__)
         pending += [parent for parent, _ in node.next_functions if parent is not None]
-    assert "_LinearTapBackward" in names
+    assert "LinearTapBackward" in names
     assert "CopySlices" not in names
 
 

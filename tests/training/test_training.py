@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import shira
-from shira.training import layers
+from shira.training import trained
 from shira_kernels import optim
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -253,7 +253,7 @@ def test_shira_adamw_updates_and_writes_the_whole_model_in_one_call(
         torch.optim.AdamW(handles[1].parameters(), lr=0.02),
     ]
     calls: Counter[str] = Counter()
-    for module, op in ((optim, "masked_adamw"), (layers, "scatter_apply")):
+    for module, op in ((optim, "masked_adamw"), (trained, "scatter_apply")):
         monkeypatch.setattr(module, op, counted(getattr(module, op), calls))
     for _ in range(3):
         for net, optimizer in zip((model, twin), optimizers, strict=True):

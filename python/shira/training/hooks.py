@@ -10,10 +10,10 @@ from torch import nn
 
 from shira.adapter.adapter import Adapter
 from shira.masks.calibrate import Loss
-from shira.masks.config import ALL_LINEAR, ShiraConfig
-from shira.model.names import canonical
-from shira.training.attach import Handle, attach_with, check_all_match, matched_modules, name_matches
+from shira.masks.config import ShiraConfig
+from shira.training.attach import Handle, attach_with
 from shira.training.layers import Attached
+from shira.training.matching import matched_parameters
 
 
 def mask_gradients(
@@ -23,7 +23,7 @@ def mask_gradients(
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
 ) -> Handle:
-    """As `attach`, for any parameter of any module: the dense gradient is made, gathered and freed at once.
+    """Does what `attach` does for any parameter of any module: dense gradients are made, gathered and freed at once.
 
     The chosen parameters get ordinary dense gradients from autograd. As soon as one is complete, its listed entries are
     added to the gradient of a compact parameter of values, and it is freed: at most a few layers' exist at a time. The
@@ -41,7 +41,8 @@ def mask_gradients(
         calibration, loss: as for `attach`.
 
     Returns:
-        The handle, as of `attach`.
+        The handle. `handle.parameters()` are ordinary float32 parameters (float64 for float64 parameters), one [nnz]
+        vector for each parameter, for any optimizer.
 
     Raises:
         ValueError: what does not fit the model. Nothing was changed.
@@ -51,26 +52,18 @@ def mask_gradients(
     Warns:
         UserWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
     """
-    return attach_with(model, what, _matched_parameters, _mixin, True, calibration, loss)
+    return attach_with(
+        model,
+        what,
+        match=matched_parameters,
+        becomes=_mixin_of,
+        dense=True,
+        calibration=calibration,
+        loss=loss,
+    )
 
 
-def _matched_parameters(model: nn.Module, config: ShiraConfig) -> list[nn.Parameter]:
-    found: list[nn.Parameter] = []
-    for name, module in matched_modules(model, config).items():
-        weight = module._parameters.get("weight")
-        if weight is None:
-            raise ValueError(f"{name}: {type(module).__name__} has no parameter 'weight': name the parameters")
-        found.append(weight)  # type: ignore[arg-type]
-    if config.target_modules != ALL_LINEAR:
-        found += [p for name, p in model.named_parameters() if name_matches(canonical(name), config)]
-    names = [*matched_modules(model, config), *(canonical(name) for name, _ in model.named_parameters())]
-    check_all_match(names, config, "module or parameter")
-    if not found:
-        raise ValueError(f"target_modules: {config.target_modules!r} matches no module or parameter of the model")
-    return list(dict.fromkeys(found))
-
-
-def _mixin(name: str, module: nn.Module, role: str) -> type[Attached]:
+def _mixin_of(name: str, module: nn.Module, role: str) -> type[Attached]:
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(f"{name}: a scripted module cannot be trained")
     return Attached

@@ -1,0 +1,37 @@
+"""What DistributedDataParallel is told of an attached model: not to send what never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from shira.training.trained import TrainedWeight
+
+
+def ignore_in_ddp(model: nn.Module, weights: Iterable[TrainedWeight]) -> list[str]:
+    """Keeps indices and base entries, which never change, out of what DistributedDataParallel sends in each forward.
+
+    Returns the names that were added to the list that it looks for, for `reduce_again_in_ddp`.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    added = []
+    for trained in weights:
+        prefix = names[trained.owner] + "." if names[trained.owner] else ""
+        added += [prefix + trained.indices_name, prefix + trained.base_name]
+    model._ddp_params_and_buffers_to_ignore = [*_ignored(model), *added]  # type: ignore[assignment]
+    return added
+
+
+def reduce_again_in_ddp(model: nn.Module, added: list[str]) -> None:
+    """Takes the names that `ignore_in_ddp` added out of the list again."""
+    left = [name for name in _ignored(model) if name not in added]
+    if left:
+        model._ddp_params_and_buffers_to_ignore = left  # type: ignore[assignment]
+    else:
+        del model._ddp_params_and_buffers_to_ignore
+
+
+def _ignored(model: nn.Module) -> Any:
+    return getattr(model, "_ddp_params_and_buffers_to_ignore", [])

@@ -1,0 +1,271 @@
+"""`TrainedWeight`: one weight of a model, some of whose entries are trained as a vector of values.
+
+The weight's first module holds the values [nnz] (a parameter), the indices and the base's entries (buffers). The values
+are written into the weight after each step of an optimizer, and before a forward if they changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import distributed, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from shira.training.taps import csr_of
+from shira.training.vectors import Slice, precise
+from shira_kernels import scatter_apply
+from shira_kernels.bits import as_bits
+
+
+class TrainedWeight:
+    """One trained weight, as its modules and optimizers see it: `values.shira_target` of the parameter `values`.
+
+    An optimizer that updates the values and the weight in one go reads `weight`, `indices` and `base` at each step
+    (they may have moved), and calls `wrote(values)` afterwards. After every other optimizer's step the values are
+    written by a hook on all optimizers, or before the next forward.
+
+    Attributes:
+        name: the weight's name in the bare model.
+        owner: the first module with that weight, which holds values, indices and base.
+        role: the weight's name in the owner.
+        dense: whether the weight itself gets a gradient, from which that of the values is gathered.
+        csr: (row_ptr, col) of the entries for `masked_grad`, if a module needs them.
+    """
+
+    def __init__(self, name: str, owner: nn.Module, role: str, slices: tuple[Slice, Slice, Slice], dense: bool) -> None:
+        suffix = "" if role == "weight" else f"_{role}"
+        self.name, self.owner, self.role, self.dense = name, owner, role, dense
+        self.values_name, self.indices_name, self.base_name = (
+            f"shira_{vector}{suffix}" for vector in ("values", "indices", "base")
+        )
+        self.csr: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._wants_csr = False
+        self._slices = slices
+        self._marker: tuple[int, int] | None = None  # address and version of the values that the weight holds
+        self._was_told = False  # by `wrote`, since the last step
+        self._used = False  # in a graph that can give a gradient, since the values were written
+        self._steps_are_seen = False  # an optimizer that calls step hooks has them
+        self._gather: RemovableHandle | None = None
+
+        values, indices, base = (place.vector() for place in slices)
+        owner.register_parameter(self.values_name, nn.Parameter(values))
+        owner.register_buffer(self.indices_name, indices)
+        owner.register_buffer(self.base_name, base)
+        self.bind()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self.owner._parameters[self.role]
+        assert weight is not None
+        return weight
+
+    @property
+    def values(self) -> nn.Parameter:
+        values = self.owner._parameters[self.values_name]
+        assert values is not None
+        return values
+
+    @property
+    def indices(self) -> torch.Tensor:
+        indices = self.owner._buffers[self.indices_name]
+        assert indices is not None
+        return indices
+
+    @property
+    def base(self) -> torch.Tensor:
+        base = self.owner._buffers[self.base_name]
+        assert base is not None
+        return base
+
+    def wrote(self, values: torch.Tensor) -> None:
+        """Notes that the weight holds these values already."""
+        self._note(values)
+        self._was_told = True
+
+    def write_back(self, always_compare: bool = False) -> None:
+        """Writes the values into the weight if they changed since the last time."""
+        values = self.values
+        changed = (values.data_ptr(), values._version) != self._marker
+        # Some loops write through `.data` or raw pointers and leave the version as it is, and have no optimizer whose
+        # steps are seen. They cannot have stepped without a gradient, so values are compared after their use.
+        compare = always_compare or (self._used and not self._steps_are_seen)
+        if changed or (compare and self._differs()):
+            self.write()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Writes the values into the weight."""
+        values, weight = self.values, self.weight
+        scatter_apply(weight, self.indices, values.to(weight.dtype))
+        if getattr(values, "shira_target", None) is not self:
+            self.bind()
+        self._note(values)
+
+    def note_use(self) -> None:
+        """Notes that the values take part in a graph."""
+        self._used = True
+
+    def after_step(self) -> None:
+        """Does what a step of an optimizer that has the values asks for."""
+        values = self.values
+        changed = (values.data_ptr(), values._version) != self._marker
+        if changed or (values.grad is not None and not self._was_told):  # without a new version: see write_back
+            self.write()
+        self._steps_are_seen, self._was_told = True, False
+
+    def bind(self) -> None:
+        """Ties the parameters to this: a new one (after deepcopy, load_state_dict(assign=True)) lacks that."""
+        self.values.shira_target = self  # type: ignore[attr-defined]
+        _StepHook.watch(self)
+        if self._wants_csr:
+            self.want_csr()
+        if self.dense:
+            if self._gather is not None:
+                self._gather.remove()
+            gather = functools.partial(_gather_gradient, weakref.ref(self))
+            self._gather = self.weight.register_post_accumulate_grad_hook(gather)
+
+    def want_csr(self) -> None:
+        """Makes `csr`, for a module that needs it."""
+        self._wants_csr = True
+        if self.csr is None:
+            self.csr = csr_of(self.indices, self.weight.shape)
+
+    def rebind_copy(self) -> None:
+        """Makes the copy of an arena the memory of the copied values, which torch copied by themselves."""
+        mine = self._slices[0].vector()
+        if torch.equal(mine, self.values.data):
+            self.values.data = mine
+        self.bind()
+
+    def refusal(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> str | None:
+        """Why a state dict cannot be loaded into the owner, if that is so."""
+        weight, values = prefix + self.role, prefix + self.values_name
+        indices, base = prefix + self.indices_name, prefix + self.base_name
+        if indices in state_dict and not torch.equal(state_dict[indices].to(self.indices), self.indices):
+            return f"{indices}: the state dict was saved with other entries; attach with its config"
+        if weight in state_dict and values not in state_dict and not self._is_base(state_dict[weight]):
+            return f"{weight}: the state dict has another base and no {values}; load it before attach, or detach first"
+        if weight not in state_dict and base in state_dict and not _same_bits(state_dict[base], self.base):
+            return f"{base}: the state dict was saved over another base, and has no {weight}"
+        return None
+
+    def _is_base(self, weight: torch.Tensor) -> bool:
+        """Whether a weight has the base's entries."""
+        if weight.shape != self.weight.shape:
+            return True  # torch says what is wrong
+        return _same_bits(weight.detach().reshape(-1)[self.indices.to(weight.device)], self.base)
+
+    @torch.no_grad()
+    def write_base(self) -> None:
+        """Gives the weight its base's entries back."""
+        scatter_apply(self.weight, self.indices, self.base)
+
+    def release(self) -> None:
+        """Takes everything but the weight out of the owner."""
+        if self._gather is not None:
+            self._gather.remove()
+        _StepHook.forget(self)
+        if hasattr(self.values, "shira_target"):
+            del self.values.shira_target
+        for name in (self.values_name, self.indices_name, self.base_name):
+            delattr(self.owner, name)
+
+    def moving(self, fn: Callable[[torch.Tensor], torch.Tensor], move: Callable[[], object]) -> None:
+        """Calls `move`, by which the owner applies `fn` to its tensors. Values stay float32 or float64, and what lay in
+        an arena lies there afterwards."""
+        values, grad = self.values, self.values.grad
+        before = values.data
+        vectors = (values, self.indices, self.base)
+        held = [place if place.holds(vector, fn) else None for place, vector in zip(self._slices, vectors, strict=True)]
+        values.grad = None
+        move()
+        if not self.weight.is_contiguous():
+            self.weight.data = self.weight.data.contiguous()  # moved to channels_last: entries are flat positions
+        values = self.values
+        if held[0] is not None:
+            held[0].arena.move(fn, keep_precision=True)
+            values.data = held[0].vector()
+        else:
+            values.data = precise(values.data, before)
+        for name, place in zip((self.indices_name, self.base_name), held[1:], strict=True):
+            if place is not None:
+                place.arena.move(fn, keep_precision=False)  # indices are integers, which `.to(dtype)` leaves
+                self.owner._buffers[name] = place.vector()
+        if grad is not None:
+            values.grad = grad.to(values)
+        if self.csr is not None:
+            row_ptr, col = self.csr
+            self.csr = row_ptr.to(self.indices.device), col.to(self.indices.device)
+        self._marker = None
+
+    def _note(self, values: torch.Tensor) -> None:
+        self._marker, self._used = (values.data_ptr(), values._version), False
+
+    @torch.no_grad()
+    def _differs(self) -> bool:
+        return not torch.equal(self.weight.view(-1)[self.indices], self.values.to(self.weight.dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch cannot unpickle tensors of uint16, as columns are.
+        return {**self.__dict__, "_gather": None, "_marker": None, "csr": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_parameters" in vars(self.owner):  # else the owner is copied later, and calls rebind_copy
+            self.rebind_copy()
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(as_bits(a.to(b.device)), as_bits(b))
+
+
+class _StepHook:
+    """One hook on the steps of all optimizers, there as long as any weight is trained."""
+
+    _watched: ClassVar[weakref.WeakSet[TrainedWeight]] = weakref.WeakSet()
+    _hook: ClassVar[RemovableHandle | None] = None
+
+    @classmethod
+    def watch(cls, trained: TrainedWeight) -> None:
+        cls._watched.add(trained)
+        if cls._hook is None:
+            cls._hook = register_optimizer_step_post_hook(cls._after_step)
+
+    @classmethod
+    def forget(cls, trained: TrainedWeight) -> None:
+        cls._watched.discard(trained)
+        if not cls._watched and cls._hook is not None:
+            cls._hook.remove()
+            cls._hook = None
+
+    @staticmethod
+    def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                trained = getattr(parameter, "shira_target", None)
+                if isinstance(trained, TrainedWeight) and trained.values is parameter:
+                    trained.after_step()
+
+
+@torch.no_grad()
+def _gather_gradient(of: weakref.ref[TrainedWeight], weight: torch.Tensor) -> None:
+    """Moves the listed entries of a dense gradient to the values, and frees it."""
+    trained, dense = of(), weight.grad
+    if trained is None or dense is None:
+        return
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        # Wrappers would put dense gradients back after this, or leave those of the values as they are in each process.
+        raise RuntimeError(f"{trained.name}: mask_gradients trains in one process only; attach trains in several")
+    values = trained.values
+    if values.requires_grad:
+        dense = dense.to_dense() if dense.is_sparse else dense
+        entries = dense.reshape(-1).index_select(0, trained.indices).to(values.dtype)
+        values.grad = entries if values.grad is None else values.grad.add_(entries)
+        trained.note_use()
+    weight.grad = None
