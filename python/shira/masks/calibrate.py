@@ -25,7 +25,7 @@ def calibrate(
     *,
     max_bytes: int = 1 << 30,
 ) -> dict[str, torch.Tensor]:
-    """The entries that a config means, ranked by the gradient of a loss.
+    """Chooses the entries that a config means, ranked by the gradient of a loss.
 
     The dense gradients are never there all at once. With one batch each is ranked when it is ready, and freed. With
     several the weights are taken in groups, and all batches run once for each group, whose sums are held in float32
@@ -49,7 +49,7 @@ def calibrate(
         name -> sorted flat indices, as of `choose_entries`.
 
     Raises:
-        ValueError: no batches, a loss that is no scalar or does not depend on the model, a weight that no gradient
+        ValueError: no batches, a loss that is not a scalar or does not depend on the model, a weight that no gradient
             reaches (named), and what `choose_entries` raises.
         RuntimeError: in inference mode, where there are no gradients; from torch, if the model has reentrant activation
             checkpoints, which cannot compute the gradients of some parameters only.
@@ -80,7 +80,7 @@ def calibrate(
 def _sums(
     model: nn.Module, weights: Mapping[str, nn.Parameter], batches: list[Any], loss: Loss | None, calibration: str
 ) -> dict[str, torch.Tensor]:
-    """name -> the sum over all batches of the gradient, or of its absolute value."""
+    """Returns name -> the sum over all batches of the gradient, or of its absolute value."""
     sums: dict[str, torch.Tensor] = {}
 
     def collect(name: str, gradient: torch.Tensor) -> None:
@@ -104,8 +104,10 @@ def _backward(
     loss: Loss | None,
     receive: Callable[[str, torch.Tensor], None],
 ) -> set[str]:
-    """One batch forward and backward; `receive` gets each weight's gradient when it is ready, and it is freed. Returns
-    which weights had one. A weight that several layers share gets the sum of theirs, once."""
+    """Runs one batch forward and backward; `receive` gets each weight's gradient when it is ready, and it is freed.
+
+    Returns the names of the weights that had one. A weight that several layers share gets the sum of theirs, once.
+    """
     reached = set()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -163,7 +165,7 @@ def _check_reached(weights: Iterable[str], reached: Container[str]) -> None:
 
 
 def _groups(weights: Mapping[str, nn.Parameter], max_bytes: int) -> Iterator[dict[str, nn.Parameter]]:
-    """Consecutive weights whose sums fit."""
+    """Cuts the weights into groups, in order, whose sums fit into `max_bytes`."""
     group: dict[str, nn.Parameter] = {}
     held = 0
     for name, weight in weights.items():

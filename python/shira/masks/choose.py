@@ -26,7 +26,7 @@ def tensor_seed(seed: int, name: str) -> int:
 def choose_entries(
     config: ShiraConfig, weights: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The entries of each weight that a config means.
+    """Chooses the entries of each weight that a config means.
 
     Args:
         config: which mask, how many entries.
@@ -48,10 +48,13 @@ def choose_entries(
 
 
 class Selection:
-    """The same, weight by weight, in any order: for gradients that are there for a moment only.
+    """Chooses the entries that a config means of weights that come one by one, in any order.
+
+    So it can be used where a gradient is there for a moment only, or a weight is read from a file.
 
     Args:
-        config, weights: as for `choose_entries`; weights on the meta device are given to `add`.
+        config: which mask, how many entries.
+        weights: name -> weight, any shape, floating point; for one on the meta device `add` gets another with data.
     """
 
     def __init__(self, config: ShiraConfig, weights: Mapping[str, torch.Tensor]) -> None:
@@ -60,7 +63,7 @@ class Selection:
         self._is_own = isinstance(config.mask, str) and config.mask in MASKS
         self._ranks_model = config.budget == "model" and self._is_own and config.mask in SCORED
         self._chosen: dict[str, torch.Tensor] = {}
-        # Of the whole model's ranking: name -> the best runs so far and their scores.
+        # For a ranking of the whole model: name -> the best runs so far and their scores.
         self._best: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._k = _budgets(config, weights)
         if self._ranks_model and weights:
@@ -88,7 +91,7 @@ class Selection:
             raise ValueError(f"{name}: {error}") from error
 
     def result(self) -> dict[str, torch.Tensor]:
-        """The entries; every weight must have been added."""
+        """Returns name -> entries, in the order of `weights`. Raises ValueError if a weight was not added."""
         if missing := [name for name in self._weights if name not in self._chosen and name not in self._best]:
             raise ValueError(f"{missing[0]}: nothing was added for this weight")
         if self._ranks_model and self._best:
@@ -132,8 +135,11 @@ class Selection:
             self._keep(0, needed)
 
     def _keep(self, leave: int, take: int) -> None:
-        """Reduces what is kept to a part of its ranking. Of equal scores the earlier weight's and lower run's is first,
-        in whatever order they were added."""
+        """Keeps those of the best runs that follow the first `leave` of their ranking, `take` of them.
+
+        Of runs with equal scores that of the earlier weight comes first, and in a weight the lower one, in whatever
+        order the weights were added.
+        """
         names = [name for name in self._weights if name in self._best]
         home = self._best[names[0]][1].device
         dtype = torch.float32
@@ -150,7 +156,7 @@ class Selection:
 
 
 def mask_of(config: ShiraConfig) -> Mask:
-    """The function that a config names. A user's own is imported if the config has only its name.
+    """Returns the function that a config names. A user's own is imported if the config has only its name.
 
     Raises ValueError if that fails.
     """
@@ -162,8 +168,8 @@ def mask_of(config: ShiraConfig) -> Mask:
     advice = "import failed; give ShiraConfig the function itself"
     try:
         found: Any = importlib.import_module(module)
-        for part in qualified.split("."):
-            found = getattr(found, part)
+        for attribute in qualified.split("."):
+            found = getattr(found, attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"mask {config.mask!r}: {advice} ({error})") from error
     if not callable(found):
@@ -172,7 +178,8 @@ def mask_of(config: ShiraConfig) -> Mask:
 
 
 def _budgets(config: ShiraConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """name -> entries. Over the whole model, shares of the sum in proportion to the weights' sizes, exact in total."""
+    """Returns name -> how many entries. With a budget for the whole model they are shares of it in proportion to the
+    weights' sizes, and add up to it."""
     total = sum(weight.numel() for weight in weights.values())
     by_rank = {name: (config.r or 0) * _rows_and_columns(weight) for name, weight in weights.items()}
     if config.budget == "tensor":
@@ -206,7 +213,7 @@ def _index_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def _checked(indices: Any, weight: torch.Tensor, mask: str) -> torch.Tensor:
-    """What a user's function gave, in the form of the masks here. Raises ValueError naming the mask."""
+    """Returns what a user's function gave, as the masks here give it. Raises ValueError naming the mask."""
 
     def refuse(message: str) -> None:
         raise ValueError(f"mask {mask!r} must give sorted unique flat indices: {message}")

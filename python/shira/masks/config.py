@@ -36,7 +36,7 @@ class ShiraConfig:
             first dimension, columns all others.
         budget: "tensor": density, k or r hold for each weight. "model": they hold for all weights together (k is the
             number for the whole model, r sums over the weights), and wm, grad, snip and small rank the scores of all
-            weights as one. Masks with no scores (struct, rand, a function) then take the same share of each weight.
+            weights as one. Masks without scores (struct, rand, a function) then take the same share of each weight.
         seed: for masks that draw; each tensor derives its own from this and its name (docs/format.md).
         skip: entries of the ranking that are left out before the first that is taken, in each weight or in the model.
         family: number of whole budgets that are left out too: configs that differ in this alone share no entry,

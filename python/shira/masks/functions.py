@@ -1,4 +1,4 @@
-"""The masks themselves; the package's docstring says what they have in common."""
+"""The masks: functions that choose entries of a weight. The package's docstring says what they have in common."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from shira.masks.ranking import budget, entries_of, first_runs, run_scores, top_
 
 
 class Mask(Protocol):
+    """What a mask is: see the package's docstring."""
+
     def __call__(
         self,
         weight: torch.Tensor,
@@ -38,7 +40,7 @@ def struct(
     offset: int = 0,
     diagonal: bool = True,
 ) -> torch.Tensor:
-    """Every f-th row or column, and the main diagonal (paper, appendix B.1: SHiRA-Struct).
+    """Takes every f-th row or column, and the main diagonal (paper, appendix B.1: SHiRA-Struct).
 
     The weight counts as a matrix: rows are its first dimension, columns all others. The ranking begins with the main
     diagonal; then come rows 0, f, 2f, ..., then rows 1, 1 + f, ..., and so on, each from left to right, without what
@@ -72,7 +74,7 @@ def struct(
     f = max(1, lines // max(1, math.ceil((take * granularity - on_diagonal) / max(1, width - diagonal))))
     if type(offset) is not int or not 0 <= offset < f:
         raise ValueError(f"offset must lie in [0, {f}), the distance of the lines, got {offset!r}")
-    needed = min((leave + take) * granularity, weight.numel())  # entries of so many runs
+    needed = min((leave + take) * granularity, weight.numel())  # entries of leave + take runs
     numbers = torch.arange(lines, device=weight.device)
     order = ((numbers - offset) % f).argsort(stable=True)
     # A line loses at most one entry to the diagonal.
@@ -97,7 +99,7 @@ def wm(
     skip: int = 0,
     granularity: int = 1,
 ) -> torch.Tensor:
-    """The entries of largest magnitude, |w| (paper, section 3.1: SHiRA-WM).
+    """Takes the entries of largest magnitude, |w| (paper, section 3.1: SHiRA-WM).
 
     Arguments and result as in the package's docstring; `grad` and `seed` are not used.
     """
@@ -114,7 +116,7 @@ def grad(
     skip: int = 0,
     granularity: int = 1,
 ) -> torch.Tensor:
-    """The entries of largest gradient, |g| (paper, section 3.1: SHiRA-Grad).
+    """Takes the entries of largest gradient, |g| (paper, section 3.1: SHiRA-Grad).
 
     Arguments and result as in the package's docstring; `grad` must be given, `seed` is not used.
     """
@@ -131,7 +133,7 @@ def snip(
     skip: int = 0,
     granularity: int = 1,
 ) -> torch.Tensor:
-    """The entries of largest sensitivity, |w g| (paper, section 3.1: SHiRA-SNIP), computed in at least float32.
+    """Takes the entries of largest sensitivity, |w g| (paper, section 3.1: SHiRA-SNIP), computed in at least float32.
 
     Arguments and result as in the package's docstring; `grad` must be given, `seed` is not used. With the sum of the
     batches' |g| as `grad` this is the sum of the batches' |w g|.
@@ -149,7 +151,7 @@ def small(
     skip: int = 0,
     granularity: int = 1,
 ) -> torch.Tensor:
-    """The entries of smallest magnitude, |w| (SaRA).
+    """Takes the entries of smallest magnitude, |w| (SaRA).
 
     Arguments and result as in the package's docstring; `grad` and `seed` are not used.
     """
@@ -166,7 +168,7 @@ def rand(
     skip: int = 0,
     granularity: int = 1,
 ) -> torch.Tensor:
-    """Entries drawn uniformly without replacement: those with the smallest hashes (docs/format.md, "Random masks").
+    """Draws entries uniformly without replacement: those with the smallest hashes (docs/format.md, "Random masks").
 
     The hash of entry i is output i (from 0) of the generator splitmix64 whose state starts at `key`, and `key` is the
     first output of splitmix64 started at `seed`. All of it is arithmetic of unsigned 64-bit integers:

@@ -10,6 +10,7 @@ _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 def mix_of(z: int) -> int:
+    """Returns the output of splitmix64 for a state z, which is taken modulo 2^64."""
     z %= 2**64
     for shift, multiplier in _MULTIPLIERS:
         z = ((z ^ (z >> shift)) * multiplier) % 2**64
@@ -17,12 +18,12 @@ def mix_of(z: int) -> int:
 
 
 def _signed(z: int) -> int:
-    """The int64 with the bits of z modulo 2^64."""
+    """Returns the int64 with the bits of z modulo 2^64."""
     return (z + 2**63) % 2**64 - 2**63
 
 
 def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """z >> bits without the copies of the sign that int64 shifts in."""
+    """Returns z >> bits without the copies of the sign that int64 shifts in."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -33,7 +34,7 @@ def _mix(z: torch.Tensor) -> torch.Tensor:
 
 
 def hashes_up_to(limit: int, count: int, key: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers below `count` whose hash is at most `limit`, in order, and their hashes less 2^63.
+    """Returns the numbers below `count` whose hash is at most `limit`, in order, and their hashes less 2^63.
 
     torch has no arithmetic of uint64, so this is int64 that wraps around; less 2^63, signed order is unsigned order.
     """

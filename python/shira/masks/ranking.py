@@ -14,7 +14,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def budget(
     weight: torch.Tensor, density: float, k: int | None, seed: int, skip: int, granularity: int
 ) -> tuple[int, int]:
-    """How many runs to take and how many of the ranking to leave out before them."""
+    """Returns how many runs to take, and how many of the ranking to leave out before them. Raises ValueError."""
     if weight.dtype not in _DTYPES or weight.is_meta or not weight.numel():
         raise ValueError(
             "weight must be float64, float32, bfloat16 or float16 and hold data, "
@@ -45,9 +45,9 @@ def needs_gradient(mask: object) -> bool:
 
 
 def run_scores(mask: str, weight: torch.Tensor, grad: torch.Tensor | None, granularity: int) -> torch.Tensor:
-    """[runs]: what the masks wm, grad, snip and small rank the runs of a weight by, the largest first.
+    """Returns [runs]: the scores by which wm, grad, snip and small rank the runs of a weight, the largest first.
 
-    A run's score is the sum of its entries', in at least float32.
+    A run's score is the sum of its entries' scores, in at least float32. Raises ValueError for a wrong `grad`.
     """
     weight = weight.detach()
     if needs_gradient(mask):
@@ -77,9 +77,9 @@ def run_scores(mask: str, weight: torch.Tensor, grad: torch.Tensor | None, granu
 
 
 def top_runs(score: torch.Tensor, leave: int, take: int) -> torch.Tensor:
-    """Of a ranking by score, of equal ones the first, those from `leave` on, `take` of them: sorted, int64.
+    """Returns the numbers of the runs that follow the first `leave` of the ranking by score, `take` of them.
 
-    Raises ValueError for NaN scores.
+    Of equal scores the lower run's is first. The result is sorted, int64. Raises ValueError for NaN scores.
     """
     first = _top(score, leave + take)
     if not leave:
@@ -105,7 +105,7 @@ def _top(score: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def first_runs(entries: torch.Tensor, granularity: int) -> torch.Tensor:
-    """The runs of a ranking's entries, each once, where its first entry is."""
+    """Ranks runs by their first entries: returns the run of each entry of a ranking, each run once."""
     if granularity == 1:
         return entries
     runs, position = (entries // granularity).unique(return_inverse=True)
@@ -115,7 +115,7 @@ def first_runs(entries: torch.Tensor, granularity: int) -> torch.Tensor:
 
 
 def entries_of(runs: torch.Tensor, granularity: int, weight: torch.Tensor) -> torch.Tensor:
-    """The flat positions of the given runs (int64, sorted)."""
+    """Returns the flat positions of the entries of the given runs (int64, sorted)."""
     if granularity > 1:
         runs = (runs[:, None] * granularity + torch.arange(granularity, device=runs.device)).view(-1)
         runs = runs[runs < weight.numel()]
