@@ -21,7 +21,7 @@ import shira
 from shira import ShiraAdamW
 from shira.adapter import checksum_of
 from shira.serving import bank as resident
-from shira.serving import layers as unfused
+from shira.serving import rows as serving_rows
 from shira_kernels import backends
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -509,7 +509,7 @@ class Replayed:
         self._device, self._run = device, run
         if device == "cpu":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(unfused, "is_captured", lambda _: True)
+                patch.setattr(serving_rows, "is_captured", lambda _: True)
                 self.output = run().clone()
             return
         side = torch.cuda.Stream()
@@ -825,7 +825,7 @@ def test_a_compiled_batch(device: str, compiler: str) -> None:
 
 @each_device
 def test_a_batch_that_fuses_on_the_way(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 60)
+    monkeypatch.setattr(serving_rows, "FUSE_AFTER_TOKENS", 60)
     model, x = Linear().to(device), vectors(2).to(device)
     bank, before = bank_of(model), bits(model)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from test_unfused import NAMES, Small, check_pages, check_rows, enter, in_anothe
 import shira
 from shira.serving import layers as unfused
 from shira.serving import pages
+from shira.serving import rows as serving_rows
 
 Delta = tuple[torch.Tensor, torch.Tensor]  # the input of a layer, and what it added to the layer's output
 
@@ -56,7 +57,7 @@ class Graph:
 
         me = threading.get_ident()
         with monkeypatch.context() as patch, calls_of(monkeypatch, note), torch.no_grad():
-            patch.setattr(unfused, "is_captured", lambda _: threading.get_ident() == me)
+            patch.setattr(serving_rows, "is_captured", lambda _: threading.get_ident() == me)
             model(x)
 
     @property
@@ -112,10 +113,10 @@ def captured(
     return model, bank, graph, like
 
 
-def forget_shapes(rows: unfused.Rows) -> None:
+def forget_shapes(rows: serving_rows.Rows) -> None:
     """What a thread does that runs other numbers of tokens: the oldest are forgotten."""
     for tokens in range(2, 30):
-        rows.of(torch.empty(3, tokens, 4), unfused.Table(*[None] * 3))  # type: ignore[arg-type]
+        rows.of(torch.empty(3, tokens, 4), pages.Table(*[None] * 3))  # type: ignore[arg-type]
 
 
 def forget_batches(bank: shira.ResidentAdapters) -> None:
@@ -182,7 +183,7 @@ def test_a_shape_that_was_not_run_before_the_capture(monkeypatch: pytest.MonkeyP
     bank = small_bank(model)
     with bank.batch(ROWS), torch.no_grad(), monkeypatch.context() as patch:
         [rows] = bank._rows.values()
-        patch.setattr(unfused, "is_captured", lambda _: True)
+        patch.setattr(serving_rows, "is_captured", lambda _: True)
         made = rows.of(torch.empty(3, 2, 12), bank._pages.tables[model.first.weight])
         patch.undo()
         assert rows.of(torch.empty(3, 2, 12), bank._pages.tables[model.first.weight]) is not made
@@ -381,11 +382,11 @@ def test_calls_on_another_stream_wait_for_earlier_ones(monkeypatch: pytest.Monke
 def test_forwards_on_other_streams_wait_for_the_batch_and_it_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     current = [Stream("main", log)]
-    rows = unfused.Rows(torch.device("cpu"))
-    monkeypatch.setattr(unfused, "sent", lambda slots, dtype, _: torch.tensor(slots, dtype=dtype))
+    rows = serving_rows.Rows(torch.device("cpu"))
+    monkeypatch.setattr(serving_rows, "sent", lambda slots, dtype, _: torch.tensor(slots, dtype=dtype))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: log.append(f"used on {stream.name}"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
-    monkeypatch.setattr(unfused, "stream_of", lambda _: id(current[-1]))
+    monkeypatch.setattr(serving_rows, "stream_of", lambda _: id(current[-1]))
 
     def run(tokens: int, stream: Stream) -> list[str]:
         current.append(stream)

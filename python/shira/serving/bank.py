@@ -22,10 +22,9 @@ from shira.model.claims import check_claim, claim
 from shira.model.interrupts import interrupts_held, no_autocast
 from shira.model.modules import bypassed, users_of
 from shira.model.names import first_names, resolve
-from shira.serving import arena
-from shira.serving import layers as unfused
-from shira.serving.arena import Arena, Kept, Key, Piece, Pieces, Plan, Share, Write, Written, base_entries
-from shira.serving.pages import Counts, Deltas, Immovable, Pages, Target
+from shira.serving import arena, layers, rows
+from shira.serving.arena import Arena, Kept, Key, Mix, Piece, Pieces, Plan, Share, Write, Written, base_entries
+from shira.serving.pages import Counts, Deltas, Immovable, Pages
 from shira_kernels import scatter_apply
 
 
@@ -61,6 +60,9 @@ class BankStats:
     hits: int = 0
     misses: int = 0
     evictions: int = 0
+
+
+MODES = ("auto", "fused", "unfused")
 
 
 class ResidentAdapters:
@@ -104,7 +106,7 @@ class ResidentAdapters:
         self._pages = Pages(device_budget)
         self._obstacles: dict[str, str] = {}  # why an adapter cannot be unfused
         self._linears: dict[torch.Tensor, list[nn.Module]] = {}  # of weights that batches change, the layers
-        self._rows: dict[torch.device, unfused.Rows] = {}
+        self._rows: dict[torch.device, rows.Rows] = {}
         self._homes: dict[torch.Tensor, _Home] = {}  # of weights that adapters change
         self._gpus: set[torch.device] = set()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # that the last call used on each GPU
@@ -226,8 +228,8 @@ class ResidentAdapters:
         """
         with self._lock:
             self._check_users()
-            for rows in self._rows.values():
-                rows.forget_graphs()
+            for of_device in self._rows.values():
+                of_device.forget_graphs()
             self._trim()
 
     @torch.no_grad()
@@ -357,7 +359,7 @@ class ResidentAdapters:
         if any(user.caller != _caller() for user in self._users):
             raise RuntimeError("another thread or task is inside using(), which relies on what is active")
 
-    def _targets(self, names: Sequence[str | Mapping[str, float] | None]) -> list[Target]:
+    def _targets(self, names: Sequence[str | Mapping[str, float] | None]) -> list[Mix]:
         """What each row uses; empty for the base."""
         if not isinstance(names, (list, tuple)):
             raise ValueError(f"batch takes a list with a name, strengths by name, or None for each row, got {names!r}")
@@ -366,9 +368,9 @@ class ResidentAdapters:
         return [tuple(sorted(self._normalized(name, "batch").items())) for name in names]
 
     @torch.no_grad()
-    def _open(self, batch: _Batch, targets: list[Target], mode: str, tokens: int | None) -> None:
-        if mode not in unfused.MODES:
-            raise ValueError(f"mode must be one of {', '.join(unfused.MODES)}, got {mode!r}")
+    def _open(self, batch: _Batch, targets: list[Mix], mode: str, tokens: int | None) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if tokens is not None and (not _is_int(tokens) or tokens < 0):
             raise ValueError(f"tokens must be an integer that is not negative, or None, got {tokens!r}")
         self._check_users()
@@ -380,7 +382,7 @@ class ResidentAdapters:
             raise ValueError(f"mode is 'fused', but the batch has {len(distinct)} different targets")
         batch.names = {name for target in distinct for name, _ in target}
         blocked = next((name for target in targets for name, _ in target if name in self._obstacles), None)
-        many = tokens is not None and tokens > unfused.FUSE_AFTER_TOKENS
+        many = tokens is not None and tokens > rows.FUSE_AFTER_TOKENS
         if mode == "fused" or (mode == "auto" and len(distinct) == 1 and (many or blocked or targets[0] == ())):
             with interrupts_held():
                 self._batch = batch
@@ -391,30 +393,30 @@ class ResidentAdapters:
         self._check_weights(self._linears)
         self._check_linears()
         self._bring_in([target for target in dict.fromkeys(targets) if target])
-        meter = unfused.Meter(lambda: self._fuse_open(batch, dict(targets[0]))) if mode == "auto" else None
+        meter = rows.Meter(lambda: self._fuse_open(batch, dict(targets[0]))) if mode == "auto" else None
         slots = [self._pages.residents[target].number if target else -1 for target in targets]
         with interrupts_held():
             self._batch = batch
             for device in {weight.device for weight in self._pages.tables}:
-                rows = self._rows.setdefault(device, unfused.Rows(device))
-                rows.set(slots, meter if len(distinct) == 1 else None)
+                of_device = self._rows.setdefault(device, rows.Rows(device))
+                of_device.set(slots, meter if len(distinct) == 1 else None)
             for weight, table in self._pages.tables.items():
                 claim(weight, self)
                 batch.weights.append(weight)
                 for module in self._linears[weight]:
                     batch.modules.append(module)
-                    unfused.enter(module, table, self._rows[weight.device])
+                    layers.enter(module, table, self._rows[weight.device])
 
     @torch.no_grad()
     def _close(self, batch: _Batch) -> None:
         for module in batch.modules:
-            unfused.leave(module)
+            layers.leave(module)
         self._batch = None
         self._trim()
         try:
             self._follow()
-            for rows in self._rows.values():
-                rows.leave()
+            for of_device in self._rows.values():
+                of_device.leave()
             if self._active != {}:
                 self._switch_counted({})
         finally:
@@ -429,20 +431,19 @@ class ResidentAdapters:
         with self._lock, interrupts_held():
             if self._batch is batch:
                 self._switch_counted(target)
-                for rows in self._rows.values():
-                    rows.clear()
+                for of_device in self._rows.values():
+                    of_device.clear()
 
     @no_autocast()
-    def _bring_in(self, targets: list[Target]) -> None:
+    def _bring_in(self, targets: list[Mix]) -> None:
         """Makes all of these resident."""
         if all(target in self._pages.residents for target in targets):  # the common case, which must be quick
             for target in targets:
-                self._pages.residents.move_to_end(target)
-            self._pages.hits += len(targets)
+                self._pages.touch(target)
             return
         self._await_staged()
-        plans: dict[Target, Plan] = {}
-        needed: dict[Target, Counts] = {}
+        plans: dict[Mix, Plan] = {}
+        needed: dict[Mix, Counts] = {}
         for target in targets:
             if target in self._pages.residents:
                 needed[target] = self._pages.residents[target].counts
@@ -462,16 +463,11 @@ class ResidentAdapters:
                 "batch: CUDA graphs that were captured in batches read the pages, which have no room for this batch: "
                 "call forget_graphs() when they will not be replayed any more, and capture them again"
             ) from None
-        known = sum(target in self._pages.residents for target in targets)
-        self._pages.hits += known
-        self._pages.misses += len(targets) - known
         for target, counts in needed.items():
-            if target in self._pages.residents:
-                self._pages.residents.move_to_end(target)
-            else:
+            if not self._pages.touch(target):
                 self._pages.bring_in(target, counts, self._deltas(target, plans.get(target)))
 
-    def _deltas(self, target: Target, plan: Plan | None) -> Deltas:
+    def _deltas(self, target: Mix, plan: Plan | None) -> Deltas:
         """What a target adds to the base, which the weights hold: computed in float32 or more, rounded once."""
         strengths = dict(target)
         if len(strengths) > 1:
@@ -499,11 +495,11 @@ class ResidentAdapters:
         linears, transposed = {}, {}
         for piece in itertools.chain(*pieces.values()):
             for tensor_name, weight in zip(piece.names, piece.arena.weights, strict=True):
-                if reason := unfused.obstacle(weight, users, skipped):
+                if reason := layers.obstacle(weight, users, skipped):
                     self._obstacles[name] = f"{tensor_name}: {reason}"
                     return
                 linears[weight] = [module for _, module, _ in users[weight]]
-                transposed[weight] = bool(unfused.is_transposed(linears[weight][0]))
+                transposed[weight] = bool(layers.is_transposed(linears[weight][0]))
         self._linears.update(linears)
         self._pages.register(name, _counts(pieces), transposed)
 
@@ -511,7 +507,7 @@ class ResidentAdapters:
         """The layers still are what they were when adapters were added."""
         for modules in self._linears.values():
             for module in modules:
-                if unfused.is_transposed(module) is None or "forward" in vars(module):
+                if layers.is_transposed(module) is None or "forward" in vars(module):
                     raise RuntimeError(
                         f"batch: the forward of a {type(module).__name__} was replaced since an adapter was added"
                     )
@@ -541,7 +537,7 @@ class ResidentAdapters:
         self._homes = {weight: home for weight, home in self._homes.items() if weight in kept}
 
     def _read_by_graphs(self) -> bool:
-        return any(rows.read_by_graphs for rows in self._rows.values())
+        return any(of_device.read_by_graphs for of_device in self._rows.values())
 
     def _follow(self) -> None:
         """Lets the current stream of each GPU wait for what earlier calls launched on another, and the allocator know
@@ -568,8 +564,8 @@ class ResidentAdapters:
         if self._plan is not None:
             yield from self._plan.tensors
         yield from self._pages.tensors
-        for rows in self._rows.values():
-            yield from rows.tensors
+        for of_device in self._rows.values():
+            yield from of_device.tensors
 
     def _further_index_bytes(self) -> int:
         pieces = (piece for pieces in self._residents.values() for piece in itertools.chain(*pieces.values()))
