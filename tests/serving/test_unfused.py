@@ -371,7 +371,7 @@ def test_a_wide_layer_has_wide_columns() -> None:
     bank.add("a", make(model, 1, density=0.01))
     x = inputs(2, 70_000)
     check_rows(bank, model, ["a", None], x)
-    assert {key[2] for key in bank._pages.pools} == {torch.uint16, torch.int32}
+    assert {key[2] for key in bank._batches.pages.pools} == {torch.uint16, torch.int32}
 
 
 def test_autocast_and_gradients() -> None:
@@ -500,7 +500,7 @@ def test_slots_of_few_shapes_are_kept() -> None:
             with bank.batch([None, *["a0", "a1"] * count]):
                 for length in (1, 2):
                     model(inputs(1 + 2 * count, length, 12))
-    [rows] = bank._rows.values()
+    [rows] = bank._batches._rows.values()
     assert len(rows._known) == serving_rows._KEPT
 
 
@@ -969,7 +969,7 @@ def test_a_switch_that_fails_leaves_the_block_unfused(monkeypatch: pytest.Monkey
 
     for options, run in (({}, lambda: model(x)), ({"mode": "fused"}, None)):
         with left_alone(model), monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(bank, "_writes", fail)
+            patch.setattr(bank._switching, "_writes", fail)
             with pytest.raises(torch.OutOfMemoryError), bank.batch(["a2", "a2"], **options):
                 run()
         assert bank.active is None
@@ -981,7 +981,7 @@ def test_a_switch_that_fails_leaves_the_block_unfused(monkeypatch: pytest.Monkey
 
 def in_use(bank: shira.ResidentAdapters) -> int:
     """Bytes of all tensors that unfused adapters have on the device."""
-    found = bank._pages
+    found = bank._batches.pages
     tensors = [t for pool in found.pools.values() for t in (pool.col, pool.values)]
     tensors += [t for table in found.tables.values() for t in (table.row_ptr, table.page_table)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -989,7 +989,7 @@ def in_use(bank: shira.ResidentAdapters) -> int:
 
 def check_pages(bank: shira.ResidentAdapters) -> None:
     """Every page and slot has one owner or is free."""
-    found = bank._pages
+    found = bank._batches.pages
     slots = [slot.number for slot in found.residents.values()] + found._free_slots
     assert sorted(slots) == list(range(len(slots)))
     for key, pool in found.pools.items():
@@ -1062,10 +1062,10 @@ def test_a_slot_that_is_used_again_holds_nothing_of_before() -> None:
     bank.add("both", make(model, 1, NAMES))
     bank.add("one", make(model, 2, NAMES[:1]))
     check_rows(bank, model, ["both", None], x)
-    number = next(iter(bank._pages.residents.values())).number
+    number = next(iter(bank._batches.pages.residents.values())).number
     bank.remove("both")
     check_rows(bank, model, ["one", None], x)
-    assert next(iter(bank._pages.residents.values())).number == number
+    assert next(iter(bank._batches.pages.residents.values())).number == number
 
 
 def test_mixes_are_forgotten_with_their_adapters() -> None:
