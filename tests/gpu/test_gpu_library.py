@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import shira
 from shira import ShiraAdamW
 from shira.adapter import checksum_of
-from shira.serving import bank as resident
-from shira.serving import layers as unfused
+from shira.serving import registry
+from shira.serving import rows as serving_rows
 from shira_kernels import backends
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -509,7 +509,7 @@ class Replayed:
         self._device, self._run = device, run
         if device == "cpu":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(unfused, "is_captured", lambda _: True)
+                patch.setattr(serving_rows, "is_captured", lambda _: True)
                 self.output = run().clone()
             return
         side = torch.cuda.Stream()
@@ -614,9 +614,9 @@ def test_no_memory_while_an_adapter_is_added(device: str, monkeypatch: pytest.Mo
     model = Linear().to(device)
     bank, before = bank_of(model), bits(model)
     bank.switch("blue")
-    stats, homes = bank.stats, dict(bank._homes)
+    stats, homes = bank.stats, dict(bank._registry.homes)
     new = make(Linear(), 5)
-    places = [(resident, "base_entries"), (resident, "checksum_of"), (resident.Arena, "in_runs"), (torch, "cat")]
+    places = [(registry, "base_entries"), (registry, "checksum_of"), (registry.Arena, "in_runs"), (torch, "cat")]
     for owner, function in places:
         for at in range(3):
             real, calls = getattr(owner, function), iter(range(100))
@@ -633,7 +633,7 @@ def test_no_memory_while_an_adapter_is_added(device: str, monkeypatch: pytest.Mo
                 except torch.OutOfMemoryError:
                     assert bank.names == ["blue", "paint", "green"]
                     assert bank.stats == stats
-                    assert bank._homes == homes
+                    assert bank._registry.homes == homes
                 else:
                     assert at
                     bank.remove("new")
@@ -732,7 +732,10 @@ def test_rows_of_a_batch_are_those_of_each_adapter_fused(device: str, dtype: tor
                     close(model(x), want, dtype)
                 assert not torch.equal(want, model(x))
     assert same(bits(model), before)
-    tensors = [*bank._pages.tensors, *(tensor for rows in bank._rows.values() for tensor in rows.tensors)]
+    tensors = [
+        *bank._batches.pages.tensors,
+        *(tensor for rows in bank._batches._rows.values() for tensor in rows.tensors),
+    ]
     assert {tensor.device.type for tensor in tensors} == {device}
 
 
@@ -785,8 +788,8 @@ def test_another_thread_makes_the_bank_forget_shapes_while_a_batch_is_captured()
     model, x = Linear().to("cuda"), vectors(4, 3).to("cuda")
     bank = bank_of(model)
     with torch.no_grad(), bank.batch(ROWS, mode="unfused"):
-        [rows] = bank._rows.values()
-        table = bank._pages.tables[model.first.weight]
+        [rows] = bank._batches._rows.values()
+        table = bank._batches.pages.tables[model.first.weight]
         model(x)
         for length in range(4, 24):
             model(vectors(4, length).to("cuda"))  # what the capture needs was forgotten before
@@ -825,7 +828,7 @@ def test_a_compiled_batch(device: str, compiler: str) -> None:
 
 @each_device
 def test_a_batch_that_fuses_on_the_way(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 60)
+    monkeypatch.setattr(serving_rows, "FUSE_AFTER_TOKENS", 60)
     model, x = Linear().to(device), vectors(2).to(device)
     bank, before = bank_of(model), bits(model)
     with torch.no_grad():

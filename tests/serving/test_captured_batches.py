@@ -21,6 +21,7 @@ from test_unfused import NAMES, Small, check_pages, check_rows, enter, in_anothe
 import shira
 from shira.serving import layers as unfused
 from shira.serving import pages
+from shira.serving import rows as serving_rows
 
 Delta = tuple[torch.Tensor, torch.Tensor]  # the input of a layer, and what it added to the layer's output
 
@@ -56,7 +57,7 @@ class Graph:
 
         me = threading.get_ident()
         with monkeypatch.context() as patch, calls_of(monkeypatch, note), torch.no_grad():
-            patch.setattr(unfused, "is_captured", lambda _: threading.get_ident() == me)
+            patch.setattr(serving_rows, "is_captured", lambda _: threading.get_ident() == me)
             model(x)
 
     @property
@@ -112,10 +113,10 @@ def captured(
     return model, bank, graph, like
 
 
-def forget_shapes(rows: unfused.Rows) -> None:
+def forget_shapes(rows: serving_rows.Rows) -> None:
     """What a thread does that runs other numbers of tokens: the oldest are forgotten."""
     for tokens in range(2, 30):
-        rows.of(torch.empty(3, tokens, 4), unfused.Table(*[None] * 3))  # type: ignore[arg-type]
+        rows.of(torch.empty(3, tokens, 4), pages.Table(*[None] * 3))  # type: ignore[arg-type]
 
 
 def forget_batches(bank: shira.ResidentAdapters) -> None:
@@ -142,7 +143,7 @@ def test_a_replay_reads_the_batch_that_is_open(monkeypatch: pytest.MonkeyPatch) 
 def test_other_threads_make_the_bank_forget_shapes_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     _, bank, graph, like = captured(monkeypatch)
     with bank.batch(ROWS):
-        [rows] = bank._rows.values()
+        [rows] = bank._batches._rows.values()
         in_another_thread(lambda: forget_shapes(rows))
         graph.check()
     in_another_thread(lambda: forget_batches(bank))
@@ -158,7 +159,7 @@ def test_what_is_captured_is_not_forgotten_before_it_is_noted(monkeypatch: pytes
     bank = small_bank(model)
     with bank.batch(ROWS), torch.no_grad():
         model(x)
-        [rows] = bank._rows.values()
+        [rows] = bank._batches._rows.values()
         other = threading.Thread(target=lambda: forget_shapes(rows))
 
         class Noted(set[int]):
@@ -181,17 +182,17 @@ def test_a_shape_that_was_not_run_before_the_capture(monkeypatch: pytest.MonkeyP
     model = Small()
     bank = small_bank(model)
     with bank.batch(ROWS), torch.no_grad(), monkeypatch.context() as patch:
-        [rows] = bank._rows.values()
-        patch.setattr(unfused, "is_captured", lambda _: True)
-        made = rows.of(torch.empty(3, 2, 12), bank._pages.tables[model.first.weight])
+        [rows] = bank._batches._rows.values()
+        patch.setattr(serving_rows, "is_captured", lambda _: True)
+        made = rows.of(torch.empty(3, 2, 12), bank._batches.pages.tables[model.first.weight])
         patch.undo()
-        assert rows.of(torch.empty(3, 2, 12), bank._pages.tables[model.first.weight]) is not made
+        assert rows.of(torch.empty(3, 2, 12), bank._batches.pages.tables[model.first.weight]) is not made
         slots = rows.slots
     forget_batches(bank)
     with bank.batch(["a1", "a0", None]):
         assert rows.slots is slots
         check = slots.tolist()
-    assert check == [*(bank._pages.residents[((name, 1.0),)].number for name in ("a1", "a0")), -1]
+    assert check == [*(bank._batches.pages.residents[((name, 1.0),)].number for name in ("a1", "a0")), -1]
     assert slots.tolist() == [-1] * 3
 
 
@@ -202,7 +203,7 @@ def test_adapters_come_and_go(budget: int | None, monkeypatch: pytest.MonkeyPatc
             enter(bank.batch([*bank.names, {"a0": 0.5, "a1": 0.5}]))
 
     model, bank, graph, like = captured(monkeypatch, room, device_budget=budget)
-    layout = [tensor.data_ptr() for tensor in bank._pages.tensors]
+    layout = [tensor.data_ptr() for tensor in bank._batches.pages.tensors]
     for turn in range(8):
         name = f"a{turn % 6}"
         in_another_thread(lambda name=name: bank.remove(name))
@@ -214,7 +215,7 @@ def test_adapters_come_and_go(budget: int | None, monkeypatch: pytest.MonkeyPatc
             graph.check()
         bank.add(f"a{(turn + 1) % 6}", make(model, 200 + turn, NAMES))
         check_pages(bank)
-    assert [tensor.data_ptr() for tensor in bank._pages.tensors] == layout
+    assert [tensor.data_ptr() for tensor in bank._batches.pages.tensors] == layout
     assert budget is None or bank.stats.evictions > 0
 
 
@@ -251,19 +252,19 @@ def test_a_slot_that_is_used_again_brings_nothing_of_a_removed_adapter_back(monk
     with bank.batch(["both", "one", None]), torch.no_grad():
         model(x)
         graph = Graph(model, x, monkeypatch)
-    number = bank._pages.residents[(("both", 1.0),)].number
+    number = bank._batches.pages.residents[(("both", 1.0),)].number
     bank.remove("both")
     bank.add("next", make(model, 3, NAMES[:1]))
     with bank.batch(["next", "one", "next"]):
-        assert bank._pages.residents[(("next", 1.0),)].number == number
+        assert bank._batches.pages.residents[(("next", 1.0),)].number == number
         graph.check()
         assert not bool(graph.eager()[-1][1].any())
     bank.remove("one")
     bank.remove("next")
     bank.forget_graphs()
     gc.collect()
-    assert not bank._pages.tables
-    assert not bank._homes
+    assert not bank._batches.pages.tables
+    assert not bank._registry.homes
     assert not graph.is_alive
 
 
@@ -281,7 +282,7 @@ def test_what_is_removed_while_a_batch_is_captured(monkeypatch: pytest.MonkeyPat
     with bank.batch(["next", "one", None]):
         graph.check()
     bank.forget_graphs()
-    assert set(bank._pages.tables) == {model.first.weight}
+    assert set(bank._batches.pages.tables) == {model.first.weight}
     enter(bank.batch(["next", None]))
 
 
@@ -292,8 +293,8 @@ def test_what_is_removed_inside_a_batch_goes_at_its_end() -> None:
     bank.add("other", make(model, 1, NAMES[1:]))
     with bank.batch([None, "one"]):
         bank.remove("other")
-        assert len(bank._pages.tables) == 2
-    assert set(bank._pages.tables) == {model.first.weight} == set(bank._homes)
+        assert len(bank._batches.pages.tables) == 2
+    assert set(bank._batches.pages.tables) == {model.first.weight} == set(bank._registry.homes)
 
 
 def test_an_adapter_of_a_further_weight_is_no_matter_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +340,7 @@ def pretend_gpu(bank: shira.ResidentAdapters, monkeypatch: pytest.MonkeyPatch) -
     """The bank's model on a GPU, with a stack of current streams."""
     log: list[str] = []
     current = [Stream("main", log)]
-    bank._gpus.add(torch.device("cuda", 0))
+    bank._registry.gpus.add(torch.device("cuda", 0))
     monkeypatch.setattr(bank, "_held", lambda: [OnGpu(log), torch.zeros(1)])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -381,11 +382,11 @@ def test_calls_on_another_stream_wait_for_earlier_ones(monkeypatch: pytest.Monke
 def test_forwards_on_other_streams_wait_for_the_batch_and_it_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     current = [Stream("main", log)]
-    rows = unfused.Rows(torch.device("cpu"))
-    monkeypatch.setattr(unfused, "sent", lambda slots, dtype, _: torch.tensor(slots, dtype=dtype))
+    rows = serving_rows.Rows(torch.device("cpu"))
+    monkeypatch.setattr(serving_rows, "sent", lambda slots, dtype, _: torch.tensor(slots, dtype=dtype))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: log.append(f"used on {stream.name}"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
-    monkeypatch.setattr(unfused, "stream_of", lambda _: id(current[-1]))
+    monkeypatch.setattr(serving_rows, "stream_of", lambda _: id(current[-1]))
 
     def run(tokens: int, stream: Stream) -> list[str]:
         current.append(stream)
@@ -432,7 +433,7 @@ def test_a_banks_calls_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None
     with bank.batch(["a1", "a0"]):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
-            bank._close(bank._batch)  # type: ignore[arg-type]
+            bank._batches.close(bank._batches.opened, bank._follow)  # type: ignore[arg-type]
     assert type(model.first) is nn.Linear
 
 

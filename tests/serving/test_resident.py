@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -524,11 +525,13 @@ def test_a_switch_does_the_same_work_whatever_else_is_registered() -> None:
             nonlocal calls
             calls += 1
 
+        gc.disable()  # a collection would call Hypothesis
         sys.setprofile(count)
         try:
             bank.switch("1")
         finally:
             sys.setprofile(None)
+            gc.enable()
         bank.switch(None)
         return calls
 
@@ -1056,6 +1059,24 @@ def test_a_forgotten_bank_keeps_the_base() -> None:
     model.get_parameter("0.weight")._shira_owner.switch(None)
     assert same(snapshot(model), base)
     bank.add("x", adapters["x"])
+
+
+def test_a_bank_that_holds_the_base_is_freed_as_soon_as_it_is_forgotten() -> None:
+    """Its adapters may take gigabytes, which must not wait for the garbage collector."""
+    model, adapters = llama_like()
+    gc.disable()
+    try:
+        bank = shira.ResidentAdapters(model)
+        bank.add("x", adapters["x"])
+        with bank.using("x"):
+            pass
+        with bank.batch(["x", None]):
+            pass
+        forgotten = weakref.ref(bank)
+        del bank
+        assert forgotten() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("granularity", [1, 4])

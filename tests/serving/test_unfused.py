@@ -22,6 +22,7 @@ import shira
 from shira.adapter import checksum_of
 from shira.serving import layers as unfused
 from shira.serving import pages
+from shira.serving import rows as serving_rows
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -370,7 +371,7 @@ def test_a_wide_layer_has_wide_columns() -> None:
     bank.add("a", make(model, 1, density=0.01))
     x = inputs(2, 70_000)
     check_rows(bank, model, ["a", None], x)
-    assert {key[2] for key in bank._pages.pools} == {torch.uint16, torch.int32}
+    assert {key[2] for key in bank._batches.pages.pools} == {torch.uint16, torch.int32}
 
 
 def test_autocast_and_gradients() -> None:
@@ -392,7 +393,7 @@ def test_autocast_and_gradients() -> None:
 
 
 def test_auto_does_not_fuse_what_autocast_keeps_copies_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 0)
+    monkeypatch.setattr(serving_rows, "FUSE_AFTER_TOKENS", 0)
     model = Small()
     bank, x = small_bank(model), inputs(1, 12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -499,8 +500,8 @@ def test_slots_of_few_shapes_are_kept() -> None:
             with bank.batch([None, *["a0", "a1"] * count]):
                 for length in (1, 2):
                     model(inputs(1 + 2 * count, length, 12))
-    [rows] = bank._rows.values()
-    assert len(rows._known) == unfused._KEPT
+    [rows] = bank._batches._rows.values()
+    assert len(rows._known) == serving_rows._KEPT
 
 
 def test_compiled_code_is_made_once() -> None:
@@ -728,7 +729,7 @@ NO_TABLE: Any = None  # a graph that is being captured alone asks for one
 def test_two_threads_forget_what_is_too_much() -> None:
     """The second has more numbers of tokens, too, while the first forgets some."""
     rows, second = (
-        unfused.Rows(torch.device("cpu")),
+        serving_rows.Rows(torch.device("cpu")),
         threading.Thread(target=lambda: rows.of(torch.empty(1, 40, 4), NO_TABLE)),
     )
 
@@ -744,11 +745,11 @@ def test_two_threads_forget_what_is_too_much() -> None:
     for tokens in range(1, 20):
         assert rows.of(torch.empty(1, tokens, 4), NO_TABLE).tolist() == [3] * tokens
     second.join()
-    assert len(rows._by_tokens) == unfused._KEPT + 1  # the batch's own slots are one more
+    assert len(rows._by_tokens) == serving_rows._KEPT + 1  # the batch's own slots are one more
 
 
 def test_a_forward_that_outlasts_its_batch_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, spread = unfused.Rows(torch.device("cpu")), unfused._spread
+    rows, spread = serving_rows.Rows(torch.device("cpu")), serving_rows._spread
     rows.set([0, 1, 2, 3], None)
     following = threading.Thread(target=rows.set, args=([7, 5], None))
 
@@ -758,7 +759,7 @@ def test_a_forward_that_outlasts_its_batch_leaves_nothing_to_the_next(monkeypatc
             following.join(0.2)  # it may have to wait
         return spread(slots, tokens)
 
-    monkeypatch.setattr(unfused, "_spread", slow_spread)
+    monkeypatch.setattr(serving_rows, "_spread", slow_spread)
     rows.of(torch.empty(8, 4), NO_TABLE)
     following.join()
     assert rows.of(torch.empty(8, 4), NO_TABLE).tolist() == [7] * 4 + [5] * 4
@@ -833,7 +834,7 @@ class Count:
 def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, count = Small(), Count(monkeypatch)
     bank, x = small_bank(model), inputs(2, 12)
-    many = unfused.FUSE_AFTER_TOKENS + 1
+    many = serving_rows.FUSE_AFTER_TOKENS + 1
     want = alone(bank, ["a0"], lambda _: model(x))[0]
     for row, options, fused in (
         ("a0", {"mode": "fused"}, True),
@@ -853,8 +854,8 @@ def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_fuses_once_unfused_has_cost_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 16)
-    monkeypatch.setattr(unfused, "FORWARD_TOKENS", 3)
+    monkeypatch.setattr(serving_rows, "FUSE_AFTER_TOKENS", 16)
+    monkeypatch.setattr(serving_rows, "FORWARD_TOKENS", 3)
     model, count = Small(), Count(monkeypatch)
     bank = small_bank(model)
     want = alone(bank, ["a2"], lambda _: model(inputs(2, 2, 12)))[0]
@@ -881,7 +882,7 @@ def test_auto_fuses_once_unfused_has_cost_as_much(monkeypatch: pytest.MonkeyPatc
 
 
 def test_auto_fuses_while_several_threads_run_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 40)
+    monkeypatch.setattr(serving_rows, "FUSE_AFTER_TOKENS", 40)
     model = Small()
     bank, x = small_bank(model), inputs(2, 2, 12)
     want = alone(bank, ["a2"], lambda _: model(x))[0]
@@ -904,7 +905,7 @@ def test_auto_fuses_while_several_threads_run_the_model(monkeypatch: pytest.Monk
 
 
 def test_compiled_code_goes_on_right_after_eager_code_had_it_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 5)
+    monkeypatch.setattr(serving_rows, "FUSE_AFTER_TOKENS", 5)
     torch._dynamo.reset()
     model = Small()
     bank, x = small_bank(model), inputs(2, 12)
@@ -921,7 +922,7 @@ def test_compiled_code_goes_on_right_after_eager_code_had_it_fused(monkeypatch: 
 
 def test_nothing_is_fused_while_a_layer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread is between a layer's product and its delta when another one's forward would have it fused."""
-    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 0)
+    monkeypatch.setattr(serving_rows, "FUSE_AFTER_TOKENS", 0)
     model = Small()
     bank, x = small_bank(model), inputs(2, 12)
     want = alone(bank, ["a2"], lambda _: model(x))[0]
@@ -959,7 +960,7 @@ def test_nothing_is_fused_while_a_layer_runs(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_switch_that_fails_leaves_the_block_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfused, "FUSE_AFTER_TOKENS", 1)
+    monkeypatch.setattr(serving_rows, "FUSE_AFTER_TOKENS", 1)
     model = Small()
     bank, x = small_bank(model), inputs(2, 12)
 
@@ -968,7 +969,7 @@ def test_a_switch_that_fails_leaves_the_block_unfused(monkeypatch: pytest.Monkey
 
     for options, run in (({}, lambda: model(x)), ({"mode": "fused"}, None)):
         with left_alone(model), monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(bank, "_writes", fail)
+            patch.setattr(bank._switching, "_writes", fail)
             with pytest.raises(torch.OutOfMemoryError), bank.batch(["a2", "a2"], **options):
                 run()
         assert bank.active is None
@@ -980,7 +981,7 @@ def test_a_switch_that_fails_leaves_the_block_unfused(monkeypatch: pytest.Monkey
 
 def in_use(bank: shira.ResidentAdapters) -> int:
     """Bytes of all tensors that unfused adapters have on the device."""
-    found = bank._pages
+    found = bank._batches.pages
     tensors = [t for pool in found.pools.values() for t in (pool.col, pool.values)]
     tensors += [t for table in found.tables.values() for t in (table.row_ptr, table.page_table)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -988,7 +989,7 @@ def in_use(bank: shira.ResidentAdapters) -> int:
 
 def check_pages(bank: shira.ResidentAdapters) -> None:
     """Every page and slot has one owner or is free."""
-    found = bank._pages
+    found = bank._batches.pages
     slots = [slot.number for slot in found.residents.values()] + found._free_slots
     assert sorted(slots) == list(range(len(slots)))
     for key, pool in found.pools.items():
@@ -1061,10 +1062,10 @@ def test_a_slot_that_is_used_again_holds_nothing_of_before() -> None:
     bank.add("both", make(model, 1, NAMES))
     bank.add("one", make(model, 2, NAMES[:1]))
     check_rows(bank, model, ["both", None], x)
-    number = next(iter(bank._pages.residents.values())).number
+    number = next(iter(bank._batches.pages.residents.values())).number
     bank.remove("both")
     check_rows(bank, model, ["one", None], x)
-    assert next(iter(bank._pages.residents.values())).number == number
+    assert next(iter(bank._batches.pages.residents.values())).number == number
 
 
 def test_mixes_are_forgotten_with_their_adapters() -> None:

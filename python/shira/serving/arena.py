@@ -18,6 +18,7 @@ import torch
 from shira_kernels import fuse_adapters, scatter_apply, scatter_apply_batched, scatter_switch_batched
 
 Key = tuple[torch.dtype, torch.device]  # what weights of one arena have in common
+Mix = tuple[tuple[str, float], ...]  # a target of `switch`: strengths by name; () is the base
 Kept = dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # weight -> (indices, the base's entries there)
 
 
@@ -25,7 +26,7 @@ Kept = dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # weight -> (indic
 class Arena:
     """Sorted entries of several weights: those of weights[i] are offsets[i] to offsets[i + 1].
 
-    Values that belong to it are [nnz], whatever the unit.
+    Values that belong to an arena are [nnz], whatever its unit.
     """
 
     ranks: tuple[int, ...]  # of the weights in the model, rising
@@ -36,14 +37,14 @@ class Arena:
 
     @property
     def targets(self) -> list[torch.Tensor]:
-        """The weights as ops write them: views of where they are now."""
+        """The weights as ops write them, which are views of where the weights are now."""
         return [self.in_units(weight.detach().view(-1)) for weight in self.weights] if self.unit > 1 else self.weights
 
     def in_units(self, entries: torch.Tensor) -> torch.Tensor:
         return entries.view(torch.int64) if self.unit > 1 else entries
 
     def single(self) -> Arena:
-        """The same entries with an index for each."""
+        """Gives the same entries with an index for each of them."""
         if self.unit == 1:
             return self
         neighbours = torch.arange(self.unit, dtype=self.indices.dtype, device=self.indices.device)
@@ -51,7 +52,7 @@ class Arena:
         return Arena(self.ranks, self.weights, self.offsets * self.unit, indices)
 
     def in_runs(self) -> Arena:
-        """The same entries with an index for each aligned 8 bytes of them, if they can be listed so."""
+        """Gives the same entries with an index for each aligned 8 bytes of them, if they can be listed so."""
         unit = 8 // self.weights[0].element_size()
         if unit == 1 or any(weight.numel() % unit or weight.data_ptr() % 8 for weight in self.weights):
             return self
@@ -67,7 +68,7 @@ class Arena:
 
     @property
     def parts(self) -> Iterator[tuple[torch.Tensor, slice]]:
-        """Each weight, and where its entries are."""
+        """Each weight, and the slice of `indices` that lists its entries."""
         borders = itertools.pairwise(self.offsets.tolist())
         return zip(self.weights, (slice(begin, end) for begin, end in borders), strict=True)
 
@@ -164,18 +165,18 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Beside the adapters."""
+        """Bytes that the plan takes beside the adapters."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Beside the adapters'."""
+        """What the plan holds beside the adapters' tensors."""
         positions = [share.positions for shares in self.shares.values() for share in shares]
         return positions + [arena.indices for arena in self.arenas.values()]
 
 
 def merge(adapters: dict[str, Pieces]) -> Plan:
-    """The plan of a mix of these adapters."""
+    """Gives the plan of a mix of these adapters."""
     found: dict[Key, list[tuple[str, Piece]]] = {}
     for name, pieces in adapters.items():
         for key, group in pieces.items():
@@ -188,7 +189,7 @@ def merge(adapters: dict[str, Pieces]) -> Plan:
 
 
 def mixed(base: torch.Tensor, shares: list[Share], strengths: dict[str, float]) -> torch.Tensor:
-    """The values of a mix: base + the sum of strength (value - base), in float32 or more, rounded once.
+    """Gives the values of a mix: base + the sum of strength (value - base), in float32 or more, rounded once.
 
     base: the base's entries of the merged arena. A single adapter's values at strength 1 are copied as they are.
     """
@@ -202,7 +203,8 @@ def mixed(base: torch.Tensor, shares: list[Share], strengths: dict[str, float]) 
 
 
 def mixed_delta(old: torch.Tensor, shares: list[Share], strengths: Mapping[str, float]) -> torch.Tensor:
-    """What a mix adds to the base's entries `old`, which are float32 or more; not rounded to the weight's dtype."""
+    """Gives what a mix adds to the base's entries `old`, which are float32 or more; it is not rounded to the weight's
+    dtype."""
     alone = len(strengths) == 1
     delta = torch.zeros_like(old)
     for share in shares:
@@ -217,7 +219,7 @@ def mixed_delta(old: torch.Tensor, shares: list[Share], strengths: Mapping[str, 
 
 
 def base_entries(weight: torch.Tensor, indices: torch.Tensor, kept: Kept) -> torch.Tensor:
-    """The base's entries, whatever the weight holds now."""
+    """Gives the base's entries at `indices`, whatever the weight holds now."""
     entries = weight.detach().view(-1).index_select(0, indices)  # twice as fast as [indices]
     if weight in kept and kept[weight][0].numel():
         changed, old = kept[weight]
@@ -227,12 +229,12 @@ def base_entries(weight: torch.Tensor, indices: torch.Tensor, kept: Kept) -> tor
 
 
 def offsets_of(counts: Sequence[int]) -> torch.Tensor:
-    """[n + 1] int64: where each of n parts begins, and where the last ends."""
+    """Gives [n + 1] int64 on the CPU: where each of n lists of `counts` entries begins, and where the last one ends."""
     return torch.tensor([0, *itertools.accumulate(counts)])
 
 
 def _union(arenas: list[Arena]) -> tuple[Arena, list[torch.Tensor]]:
-    """The union of arenas, and the positions in it of each one's entries."""
+    """Gives the union of arenas, and for each arena the positions of its entries in the union."""
     weights: dict[int, torch.Tensor] = {}
     lists: dict[int, list[tuple[int, torch.Tensor]]] = {}
     for which, arena in enumerate(arenas):
@@ -256,12 +258,13 @@ def _sorted_union(lists: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _places(union: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Where in the union the entries of one of its lists are."""
+    """Gives the positions in the union of the entries of one of its lists."""
     return _fuse([union, indices], [0, 1])[1].nonzero().view(-1)
 
 
 def _fuse(lists: list[torch.Tensor], marks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The union of sorted lists, and the mark of the last that has each entry. Merging is far faster than searching."""
+    """Gives the union of sorted lists, and for each entry the mark of the last list that has it. Merging the lists is
+    far faster than searching in them."""
     values = [
         indices.new_full(indices.shape, mark, dtype=torch.bfloat16) for indices, mark in zip(lists, marks, strict=True)
     ]
@@ -269,7 +272,7 @@ def _fuse(lists: list[torch.Tensor], marks: list[int]) -> tuple[torch.Tensor, to
 
 
 def _aligned(old: Arena, new: Arena) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """What ops write of both arenas' weights, and the offsets that each arena has among them."""
+    """Gives what ops write of both arenas' weights, and the offsets that each arena has among them."""
     if old.ranks == new.ranks:
         return new.targets, old.offsets, new.offsets
     weights: dict[int, torch.Tensor] = {}

@@ -1,11 +1,12 @@
 """Unfused adapters on the model's devices: sparse deltas in pages of one size, shared by all adapters and weights.
 
-What is resident (an adapter, or a mix) has a slot. In every weight's table the slot's row says where its entries are:
+Each resident mix (most often one adapter at strength 1) has a slot. In every weight's table the slot's row says where
+the mix's entries are:
 
 - `row_ptr` [slots, out + 1] int32: the entries of output row r are those from row_ptr[slot, r] to row_ptr[slot, r + 1];
 - `page_table` [slots, most pages of one] int32: entry e is in page page_table[slot, e // PAGE], at e % PAGE.
 
-So an adapter comes and goes without others being moved: what `add_sparse_delta_mm_batched` reads.
+`add_sparse_delta_mm_batched` reads both, so a mix comes and goes without others being moved.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ from dataclasses import dataclass
 import torch
 
 from shira.model.interrupts import interrupts_held
-from shira.serving.arena import Arena
+from shira.serving.arena import Arena, Mix
 
 # Entries of a page. On average half a page of each adapter and weight stays empty: of a weight of 1024 x 1024 at 1 %
 # 17 %, of 4096 x 4096 1 %. Each page costs the CPU kernels about 0.4 us and a start of the processor's prefetching:
 # a decode step of 8 adapters took 12 ms beside the base's 55 with pages of 1024 entries, 9 with 4096, 8 with 16384.
 PAGE = 4096
 
-Target = tuple[tuple[str, float], ...]  # strengths by name, sorted
 Counts = Mapping[torch.Tensor, int]  # entries of each weight
 Deltas = list[tuple[Arena, torch.Tensor]]  # entries with an index for each, and values in the weights' dtype
 PoolKey = tuple[torch.dtype, torch.device, torch.dtype]  # of values; where; of columns
@@ -32,7 +32,7 @@ PoolKey = tuple[torch.dtype, torch.device, torch.dtype]  # of values; where; of 
 
 @dataclass(eq=False)
 class Pool:
-    """Pages of the weights of one dtype and device, narrow ones (uint16 columns) or wide ones."""
+    """Pages of the weights of one dtype and device: of the narrow ones (uint16 columns), or of the wide ones."""
 
     col: torch.Tensor  # [pages, PAGE]
     values: torch.Tensor  # [pages, PAGE]
@@ -41,7 +41,7 @@ class Pool:
 
 @dataclass(eq=False)
 class Table:
-    """Where the entries of one weight are."""
+    """Where the entries of one weight are, for each slot."""
 
     pool: Pool
     row_ptr: torch.Tensor
@@ -50,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """What a resident target takes."""
+    """The pages and the row of the tables that a resident mix takes."""
 
     number: int
     pages: dict[PoolKey, list[int]]
@@ -58,11 +58,14 @@ class Slot:
 
 
 class Immovable(Exception):
-    """Tables and pools that must stay where they are have no room."""
+    """Tables and pools that must stay where they are have no room for a batch."""
 
 
 class Pages:
-    """The pools, the tables, and who is in them.
+    """The pools, the tables, and the mixes that are in them.
+
+    The keys of `residents` are sorted by name, and come in the order of their last use: `touch` keeps it. Others read
+    `residents` and the counters, and change neither.
 
     With a budget (bytes) pools and tables take no more than it, all of it from the first time that something is brought
     in, and the least recently used makes room. They are laid out again, empty, when an adapter changes a further
@@ -73,9 +76,9 @@ class Pages:
     def __init__(self, budget: int | None) -> None:
         self.budget = budget
         self.tables: dict[torch.Tensor, Table] = {}
-        self.residents: OrderedDict[Target, Slot] = OrderedDict()  # the least recently used first
+        self.residents: OrderedDict[Mix, Slot] = OrderedDict()  # the least recently used first
         self.pools: dict[PoolKey, Pool] = {}
-        self.hits = self.misses = self.evictions = 0
+        self.hits = self.misses = self.evictions = 0  # mixes found here, brought in, and dropped to make room
         self._free_slots: list[int] = []
         self._transposed: dict[torch.Tensor, bool] = {}
         self._widest: dict[torch.Tensor, int] = {}  # pages that an adapter needs for a weight at most
@@ -83,10 +86,12 @@ class Pages:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the pools and tables."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors of the pools and tables."""
         for pool in self.pools.values():
             yield from (pool.col, pool.values)
         for table in self.tables.values():
@@ -94,43 +99,53 @@ class Pages:
 
     @property
     def count(self) -> int:
-        """Pages in all."""
+        """How many pages there are."""
         return sum(pool.col.shape[0] for pool in self.pools.values())
 
     @property
     def used(self) -> int:
+        """How many pages hold something."""
         return sum(len(pages) for slot in self.residents.values() for pages in slot.pages.values())
 
     @property
     def weights(self) -> Collection[torch.Tensor]:
-        """That registered adapters change."""
+        """The weights that registered adapters change."""
         return self._widest.keys()
 
     def register(self, name: str, counts: Counts, transposed: Mapping[torch.Tensor, bool]) -> None:
-        """An adapter that may be brought in. transposed: of each weight, whether it is [in, out]."""
+        """Notes an adapter that may be brought in. transposed: of each weight, whether it is [in, out]."""
         self._transposed.update(transposed)
         self._widest.update(self._widths(counts))
         self._registered[name] = counts
 
     def forget(self, name: str) -> None:
-        """A registered adapter is gone, and with it the mixes that name it."""
+        """Drops a registered adapter, and the mixes that name it."""
         del self._registered[name]
-        for target in [target for target in self.residents if name in dict(target)]:
-            self._drop(target)
+        for mix in [mix for mix in self.residents if name in dict(mix)]:
+            self._drop(mix)
 
     def trim(self) -> None:
-        """Tables and pools go that no registered adapter needs."""
+        """Drops the tables and pools that no registered adapter needs."""
         for weight in set(self._widest).difference(*self._registered.values()):
             del self._transposed[weight], self._widest[weight]
             self.tables.pop(weight, None)
         keys = {self._key(weight) for weight in self._widest}
         self.pools = {key: pool for key, pool in self.pools.items() if key in keys}
 
-    def make_room(self, needed: Mapping[Target, Counts], stay: bool = False) -> None:
-        """Room for all of these together. Those of them that are resident stay so, unless all is laid out again.
+    def touch(self, mix: Mix) -> bool:
+        """Notes that a batch uses the mix now, which makes it the most recently used one. Gives whether it is resident;
+        nothing is noted of one that is not."""
+        if mix not in self.residents:
+            return False
+        self.residents.move_to_end(mix)
+        self.hits += 1
+        return True
+
+    def make_room(self, needed: Mapping[Mix, Counts], *, stay: bool) -> None:
+        """Makes room for all of these together. Those of them that are resident stay so, unless all is laid out again.
 
         Raises ValueError if they need more than the budget, and Immovable if tables and pools must `stay` where they
-        are and have no room. Nothing was changed.
+        are and have no room. Nothing was changed then.
         """
         most: Counter[torch.Tensor] = Counter()
         for counts in needed.values():
@@ -149,17 +164,17 @@ class Pages:
                 self._grow(needed)
             else:
                 self._lay_out(len(needed), pages, self.budget)
-        missing = {target: counts for target, counts in needed.items() if target not in self.residents}
+        missing = {mix: counts for mix, counts in needed.items() if mix not in self.residents}
         lacking = self._pages(missing.values())
-        for target in list(self.residents):
+        for mix in list(self.residents):
             if len(self._free_slots) >= len(missing) and self._have_free(lacking):
                 break
-            if target not in needed:
-                self._drop(target)
+            if mix not in needed:
+                self._drop(mix)
                 self.evictions += 1
 
-    def bring_in(self, target: Target, counts: Counts, deltas: Deltas) -> None:
-        """Gives the target a slot and copies its entries, for which there is room, into pages."""
+    def bring_in(self, mix: Mix, counts: Counts, deltas: Deltas) -> None:
+        """Gives the mix a slot and copies its entries, for which there is room, into pages."""
         number = self._free_slots[-1]
         taken = {key: self.pools[key].free[-count:] for key, count in self._pages([counts]).items()}
         for weight, table in self.tables.items():
@@ -171,7 +186,8 @@ class Pages:
             self._free_slots.pop()
             for key, pages in taken.items():
                 del self.pools[key].free[-len(pages) :]
-            self.residents[target] = Slot(number, taken, counts)
+            self.residents[mix] = Slot(number, taken, counts)
+            self.misses += 1
 
     def _fill(self, number: int, key: PoolKey, pages: list[int], deltas: Deltas) -> None:
         pool = self.pools[key]
@@ -195,9 +211,9 @@ class Pages:
         pool.col.view(signed).index_copy_(0, places, col.view(signed))
         pool.values.index_copy_(0, places, values)
 
-    def _drop(self, target: Target) -> None:
+    def _drop(self, mix: Mix) -> None:
         with interrupts_held():
-            slot = self.residents.pop(target)
+            slot = self.residents.pop(mix)
             self._free_slots.append(slot.number)
             for key, pages in slot.pages.items():
                 self.pools[key].free += pages
@@ -207,12 +223,12 @@ class Pages:
         return weight.dtype, weight.device, torch.uint16 if narrow else torch.int32
 
     def _shape(self, weight: torch.Tensor) -> tuple[int, int]:
-        """(out, in)"""
+        """Gives (out, in) of a weight."""
         rows, width = weight.shape
         return (width, rows) if self._transposed[weight] else (rows, width)
 
     def _widths(self, counts: Counts) -> dict[torch.Tensor, int]:
-        """Columns of page tables: powers of two, so that they seldom grow."""
+        """Gives how many columns page tables need: powers of two, so that they seldom grow."""
         widths = {weight: max(2, 1 << (_pages_for(count) - 1).bit_length()) for weight, count in counts.items()}
         return {weight: max(width, self._widest.get(weight, 0)) for weight, width in widths.items()}
 
@@ -228,12 +244,12 @@ class Pages:
         return sum(4 * (self._shape(weight)[0] + 1 + width) for weight, width in widths.items())
 
     def _fits(
-        self, needed: Mapping[Target, Counts], widths: Mapping[torch.Tensor, int], pages: Mapping[PoolKey, int]
+        self, needed: Mapping[Mix, Counts], widths: Mapping[torch.Tensor, int], pages: Mapping[PoolKey, int]
     ) -> bool:
-        """Whether there is room for all of these in the tables and pools that are there."""
+        """Whether the tables and pools that are there have room for all of these."""
         if self.budget is not None:
             return self._has_tables(widths) and self._could_hold(len(needed), pages)
-        missing = [counts for target, counts in needed.items() if target not in self.residents]
+        missing = [counts for mix, counts in needed.items() if mix not in self.residents]
         room = len(self._free_slots) >= len(missing) and self._have_free(self._pages(missing))
         return room and self._has_tables(widths)
 
@@ -253,7 +269,8 @@ class Pages:
         )
 
     def _lay_out(self, slots: int, pages: Counter[PoolKey], budget: int) -> None:
-        """All of the budget anew: as many slots as registered adapters of average size fill, and pages for the rest."""
+        """Lays out all of the budget anew: as many slots as registered adapters of average size fill, and pages for the
+        rest."""
         slot_bytes = self._slot_bytes(self._widest)
         keys = {self._key(weight) for weight in self._widest}
         registered = self._pages(self._registered.values())
@@ -269,9 +286,9 @@ class Pages:
             self.residents.clear()
         self._resize(slots, sizes)
 
-    def _grow(self, needed: Mapping[Target, Counts]) -> None:
-        """Room beside what is there, which stays where it is: sizes double, so seldom."""
-        missing = [counts for target, counts in needed.items() if target not in self.residents]
+    def _grow(self, needed: Mapping[Mix, Counts]) -> None:
+        """Makes room beside what is there, which keeps its slots and pages. Sizes double, so this is seldom needed."""
+        missing = [counts for mix, counts in needed.items() if mix not in self.residents]
         lacking = self._pages(missing)
         slots = _grown(len(self._free_slots) + len(self.residents), len(self.residents) + len(missing))
         sizes = {}
@@ -282,7 +299,7 @@ class Pages:
         self._resize(slots, sizes)
 
     def _resize(self, slots: int, sizes: Mapping[PoolKey, int]) -> None:
-        """New tensors with what is in the old ones."""
+        """Makes new pools and tables, with what is in the old ones."""
         with torch.inference_mode(False):  # else nothing outside inference mode could write them
             pools = {}
             for key, size in sizes.items():
@@ -317,7 +334,7 @@ class Pages:
 
 
 def sent(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The numbers on a device, without a wait for a GPU."""
+    """Gives a tensor of the numbers on a device, without a wait for a GPU."""
     tensor = torch.tensor(numbers, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -335,14 +352,15 @@ def _bytes_of(pages: Mapping[PoolKey, int]) -> int:
 
 
 def _grown(size: int, need: int) -> int:
-    """At least 2: compiled code treats sizes of 0 and 1 as special."""
+    """Gives a size that holds `need`: at least 2, since compiled code treats sizes of 0 and 1 as special."""
     return max(2, size) if need <= size else max(2, need, 2 * size)
 
 
 def _csr(
     weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sorted entries of a weight (of a transposed one its transpose's) as row_ptr [out + 1], columns, values [nnz]."""
+    """Gives sorted entries of a weight (of a transposed one its transpose's) as row_ptr [out + 1], and columns and
+    values [nnz]."""
     rows, width = weight.shape
     if transposed:
         rows, width = width, rows

@@ -1,0 +1,249 @@
+"""The adapters of a bank: checked, laid out in pieces, and where the weights that they change were when they came."""
+
+from __future__ import annotations
+
+import itertools
+import numbers
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from shira.adapter.adapter import Adapter, checksum_of
+from shira.adapter.base import check_base, check_fits
+from shira.model.claims import check_claim, claim
+from shira.model.names import first_names, resolve
+from shira.serving.arena import Arena, Kept, Key, Mix, Piece, Pieces, base_entries, offsets_of
+
+Home = tuple[nn.Module, str, Key]  # the module of a weight, what it calls it, and what the weight was
+
+
+class Registry:
+    """The adapters that are there, by name, and the parameters of the model that they change.
+
+    Args:
+        model: the one whose parameters adapters name.
+        owner: the bank that claims weights. It is held weakly: a weight keeps the bank whose entries it holds, but a
+            bank that is forgotten must be freed at once, with its adapters.
+
+    Attributes:
+        gpus: where weights of adapters are, or were.
+        homes: of weights that adapters change, where they were when the first such adapter came.
+    """
+
+    def __init__(self, model: nn.Module, owner: object) -> None:
+        self.model = model
+        self.gpus: set[torch.device] = set()
+        self.homes: dict[torch.Tensor, Home] = {}
+        self._owner = weakref.ref(owner)
+        self._adapters: dict[str, Pieces] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order they were added."""
+        return list(self._adapters)
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of each adapter's indices and values."""
+        return {name: sum(piece.nbytes for piece in _each(pieces)) for name, pieces in self._adapters.items()}
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the weights of the adapters are."""
+        return {key[1] for pieces in self._adapters.values() for key in pieces}
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """The pieces of all adapters."""
+        for pieces in self._adapters.values():
+            yield from _each(pieces)
+
+    @property
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is kept from call to call: each adapter's indices and values."""
+        for piece in self.pieces:
+            yield from (piece.arena.indices, piece.values)
+
+    def pieces_of(self, name: str) -> Pieces:
+        """The pieces of an adapter, on the host or where its weights are."""
+        return self._adapters[name]
+
+    def needs_merge(self, mix: Mix) -> bool:
+        """Whether values are computed before they are written: several adapters, or one of several pieces."""
+        return len(mix) > 1 or any(len(group) > 1 for name, _ in mix for group in self._adapters[name].values())
+
+    def mix_of(self, target: str | Mapping[str, float] | None, caller: str = "switch") -> Mix:
+        """Gives a target as a mix, in the given order.
+
+        Raises ValueError if it is none, names an adapter that is not there, or a strength is not a finite number.
+        """
+        if target is None:
+            return ()
+        if not isinstance(target, (str, Mapping)):
+            raise ValueError(f"{caller} takes a name, strengths by name, or None, got {target!r}")
+        strengths = {target: 1.0} if isinstance(target, str) else dict(target)
+        if not strengths:
+            raise ValueError("a mix must name at least one adapter; the base is None")
+        self.check_names(strengths)
+        return tuple((name, _checked_strength(name, strength)) for name, strength in strengths.items())
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises ValueError for a name that no adapter has."""
+        for name in names:
+            if name not in self._adapters:
+                raise ValueError(f"there is no adapter named {name!r}; there are {self.names}")
+
+    def check_free(self, name: str) -> None:
+        """Raises ValueError if an adapter has the name."""
+        if name in self._adapters:
+            raise ValueError(f"an adapter named {name!r} was added already")
+
+    def prepare(self, adapter: Adapter, kept: Kept, *, force: bool, on_host: bool) -> Pieces:
+        """Checks an adapter's tensors and lays them out in as few pieces as can be. Nothing is changed.
+
+        Args:
+            adapter: its tensors may have any of the names that the model's parameters have.
+            kept: the base's entries that the weights do not hold now.
+            force: take it also if it was made for another base.
+            on_host: lay it out in host memory, pinned for weights on a GPU.
+
+        Raises ValueError and RuntimeError as `ResidentAdapters.add` and `ResidentAdapters.switch` do.
+        """
+        first: dict[torch.Tensor, str] = first_names(self.model)
+        rank = {weight: i for i, weight in enumerate(first)}
+        names = self._names_by_weight(adapter, first)
+        _check_memory(first, names)
+        self.check_weights(weight for weight in names if weight in self.homes)
+
+        checksums: dict[torch.Tensor, str] = {}
+        alike: dict[tuple[Key, bool, torch.dtype], list[torch.Tensor]] = {}
+        for weight in sorted(names, key=rank.__getitem__):
+            tensor = adapter[names[weight]]
+            base = base_entries(weight, tensor.indices.to(weight.device), kept)
+            if not force:
+                check_base(names[weight], tensor, base)
+            compared = None if force else tensor.checksum
+            checksums[weight] = compared or checksum_of(base)
+            kind = ((weight.dtype, weight.device), tensor.kind == "add", tensor.values.dtype)
+            alike.setdefault(kind, []).append(weight)
+
+        pieces: Pieces = {}
+        for (key, additive, _), weights in alike.items():
+            # All adapters must have the same: one op takes the entries of two.
+            wide = any((weight.dtype, weight.device) == key and weight.numel() >= 2**31 for weight in first)
+            home = torch.device("cpu") if on_host else key[1]
+            tensors = [adapter[names[weight]] for weight in weights]
+            entries = Arena(
+                tuple(rank[weight] for weight in weights),
+                weights,
+                offsets_of([tensor.nnz for tensor in tensors]),
+                torch.cat([tensor.indices for tensor in tensors]).to(home, torch.int64 if wide else torch.int32),
+            )
+            piece = Piece(
+                [names[weight] for weight in weights],
+                [checksums[weight] for weight in weights],
+                entries if additive else entries.in_runs(),
+                torch.cat([tensor.values for tensor in tensors]).to(home),
+                additive,
+            )
+            pieces.setdefault(key, []).append(piece if home == key[1] else piece.pinned())
+        return pieces
+
+    def _names_by_weight(self, adapter: Adapter, first: Mapping[torch.Tensor, str]) -> dict[torch.Tensor, str]:
+        """Gives the adapter's name of each weight that it changes, all of which it may change."""
+        names: dict[torch.Tensor, str] = {}
+        for name, tensor in adapter.items():
+            weight = resolve(self.model, name)
+            check_fits(name, tensor, weight)
+            check_claim(name, weight, self._owner())
+            if weight in names:
+                raise ValueError(f"{name}: the adapter names the tensor {first[weight]!r} twice")
+            names[weight] = name
+        return names
+
+    def add(self, name: str, pieces: Pieces) -> None:
+        """Keeps what `prepare` gave, and notes where its weights are."""
+        keys = {weight: key for key, group in pieces.items() for piece in group for weight in piece.arena.weights}
+        for module in self.model.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter in keys:
+                    self.homes.setdefault(parameter, (module, attribute, keys[parameter]))
+        self.gpus.update(device for _, device in pieces if device.type == "cuda")
+        self._adapters[name] = pieces
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter; `trim` forgets its weights."""
+        del self._adapters[name]
+
+    def trim(self, others: Collection[torch.Tensor]) -> None:
+        """Forgets weights that no adapter changes and that are not among `others`."""
+        kept = {weight for piece in self.pieces for weight in piece.arena.weights}.union(others)
+        self.homes = {weight: home for weight, home in self.homes.items() if weight in kept}
+
+    def check_weights(self, weights: Iterable[torch.Tensor]) -> None:
+        """Raises RuntimeError if one of them is not the model's parameter any more, is of another dtype or on another
+        device than when its first adapter came, or is being changed by others."""
+        owner = self._owner()
+        for weight in weights:
+            module, attribute, key = self.homes[weight]
+            if module._parameters.get(attribute) is not weight:
+                raise RuntimeError(
+                    f"the {attribute} of a {type(module).__name__} was replaced since an adapter was added"
+                )
+            if (weight.dtype, weight.device) != key:
+                raise RuntimeError(
+                    f"the {attribute} of a {type(module).__name__} was {key[0]} on {key[1]} when an adapter was added, "
+                    f"and is {weight.dtype} on {weight.device}: move it back, or remove its adapters and add them again"
+                )
+            check_claim("switch", weight, owner)
+
+    def claim(self, weight: torch.Tensor) -> None:
+        """Notes that the bank changes the weight, which then keeps the bank; `claims.claim(weight, None)` ends it."""
+        claim(weight, self._owner())
+
+    def verify(self, kept: Kept) -> None:
+        """Compares the base under every adapter with what it was when the adapter was added.
+
+        Raises ValueError naming the first adapter and tensor whose base entries are others. kept: as for `prepare`.
+        """
+        for name, pieces in self._adapters.items():
+            for piece in _each(pieces):
+                entries = piece.arena.single()
+                parts = zip(piece.names, piece.checksums, entries.parts, strict=True)
+                for tensor_name, checksum, (weight, part) in parts:
+                    indices = entries.indices[part].to(weight.device)
+                    if checksum_of(base_entries(weight, indices, kept)) != checksum:
+                        raise ValueError(f"{name}: {tensor_name}: the base entries changed since the adapter was added")
+
+
+def as_given(mix: Mix) -> str | dict[str, float]:
+    """Gives a mix of at least one adapter as `switch` takes it."""
+    [(name, strength), *others] = mix
+    return name if strength == 1.0 and not others else dict(mix)
+
+
+def _checked_strength(name: str, strength: float) -> float:
+    """Gives the strength as a float. Raises ValueError if it is not a finite float32 number."""
+    largest = torch.finfo(torch.float32).max
+    if not isinstance(strength, numbers.Real) or not -largest <= strength <= largest:
+        raise ValueError(f"the strength of {name!r} must be a finite float32 number, got {strength!r}")
+    return float(strength)
+
+
+def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.Tensor]) -> None:
+    """Refuses with ValueError a weight to be changed that shares memory with another parameter, whose base would change
+    with it."""
+    reach, reaching = 0, None
+    for weight in sorted((w for w in first if w.numel() and not w.is_meta), key=torch.Tensor.data_ptr):
+        if reaching is not None and weight.data_ptr() < reach and (weight in changed or reaching in changed):
+            raise ValueError(f"{first[weight]}: shares memory with {first[reaching]!r}, but is not the same parameter")
+        last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+        end = weight.data_ptr() + (last + 1) * weight.element_size()
+        if end > reach:
+            reach, reaching = end, weight
+
+
+def _each(pieces: Pieces) -> Iterator[Piece]:
+    return itertools.chain.from_iterable(pieces.values())
