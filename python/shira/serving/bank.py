@@ -16,8 +16,9 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from shira.adapter.adapter import Adapter, checksum_of
+from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits
+from shira.adapter.checksum import checksum_of
 from shira.model.claims import check_claim, claim
 from shira.model.interrupts import interrupts_held, no_autocast
 from shira.model.modules import bypassed, users_of
