@@ -97,3 +97,8 @@ def test_an_error_can_be_pickled() -> None:
     assert str(error) == "a: adapters[1]: give `base`"
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), again.pieces, str(again)) == (ArgumentError, error.pieces, str(error))
+
+
+def test_an_adapter_format_error_takes_any_message() -> None:
+    assert str(AdapterFormatError("a: damaged")) == "a: damaged"
+    assert str(AdapterFormatError(3)) == "3"  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class _InPieces(Exception):
 
     def said(self, call: Callable[[Argument], str]) -> str:
         """The message, with what `call` gives for each argument."""
-        return "".join(call(piece) if isinstance(piece, Argument) else piece for piece in self.pieces)
+        return "".join(call(piece) if isinstance(piece, Argument) else str(piece) for piece in self.pieces)
 
     def __str__(self) -> str:
         return self.said(str)
