@@ -1,12 +1,13 @@
 """Sparse high-rank adapters: train 1-2 % of a model's own weights, save them, switch them in place."""
 
 from shira import convert, masks
-from shira.adapter.adapter import Adapter, AdapterTensor
+from shira.adapter.adapter import Adapter
 from shira.adapter.difference import diff
 from shira.adapter.fusion import fuse
 from shira.adapter.metrics import awom, awor, overlap
+from shira.adapter.tensor import AdapterTensor
 from shira.convert.merge import merge_checkpoint
-from shira.files.atomic import AdapterFormatError
+from shira.files.errors import AdapterFormatError, ShiraWarning
 from shira.masks.config import ShiraConfig
 from shira.serving.bank import ResidentAdapters
 from shira.training.attach import Handle, attach
@@ -21,6 +22,7 @@ __all__ = [
     "ResidentAdapters",
     "ShiraAdamW",
     "ShiraConfig",
+    "ShiraWarning",
     "attach",
     "awom",
     "awor",

@@ -424,7 +424,7 @@ def test_refused_merges_leave_nothing(tmp_path: Path) -> None:
     refused("the adapter's dtype", folder, [(shira.diff(half, tuned_of(half)), 1.0)], out)
     out.mkdir()
     (out / "letter.txt").write_text("dear")
-    refused("there already; --force", folder, [(adapter, 1.0)], out)
+    refused("there already; `overwrite` replaces it", folder, [(adapter, 1.0)], out)
     refused(
         r"out: not replaced, because it holds letter.txt, which the new folder would not",
         folder,

@@ -20,7 +20,7 @@ from torch import nn
 
 import shira
 from shira import convert
-from shira.adapter import file as adapter_file
+from shira.adapter import adapter as adapter_module
 from shira.cli.bench import run_bench
 from shira.cli.report import run_report
 from shira.convert import merge
@@ -202,7 +202,7 @@ def test_a_random_mask_of_another_base_is_refused_when_written(tmp_path: Path) -
 def test_a_header_alone_describes_a_file(wm: Path) -> None:
     whole = shira.Adapter.load("a")
     for file, has_indices in (("a", True), ("a-bare", False)):
-        described, found = adapter_file.describe(file)
+        described, found = adapter_module.describe(file)
         assert found is has_indices
         assert (described.nnz, described.density, described.config) == (whole.nnz, whole.density, whole.config)
         for name, part in described.items():
@@ -216,7 +216,7 @@ def test_a_header_alone_describes_a_file(wm: Path) -> None:
             )
     Path("cut").write_bytes(Path("a").read_bytes()[:-9])
     with pytest.raises(shira.AdapterFormatError, match=r"^cut: the header describes"):
-        adapter_file.describe("cut")
+        adapter_module.describe("cut")
 
 
 class Counted(Mapping[str, torch.Tensor]):

@@ -425,12 +425,12 @@ def test_a_narrow_terminal_folds_names_only(files: Path, run: Run, monkeypatch: 
 
 def test_warnings_are_counted_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
     def kept() -> int:
-        return sum(type(thing) is UserWarning for thing in gc.get_objects())
+        return sum(type(thing) is shira.ShiraWarning for thing in gc.get_objects())
 
     before = kept()
     with plainly():
         for i in range(5):
-            warnings.warn_explicit(f"tensor {i}: odd", UserWarning, shira.__file__, 1)
+            warnings.warn_explicit(f"tensor {i}: odd", shira.ShiraWarning, shira.__file__, 1)
             warnings.warn_explicit(f"{i}: of a library", UserWarning, "library.py", 1)
         assert kept() == before
     assert capsys.readouterr().err == "shira: warning: tensor 0: odd (and 4 more)\n"

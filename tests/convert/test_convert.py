@@ -569,7 +569,7 @@ def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:
         convert.read(tmp_path / "patch", base, top=0.1)
     with pytest.raises(ValueError, match="the format to write must be one of shira, peft-shira, patch, got 'lora'"):
         convert.write(adapter, tmp_path / "new", "lora")
-    with pytest.raises(ValueError, match="there already; --force"):
+    with pytest.raises(ValueError, match="there already; `overwrite` replaces it"):
         convert.write(adapter, tmp_path / "patch", "patch")
     with pytest.raises(ValueError, match="is a folder, and there is a file"):
         convert.write(adapter, tmp_path / "patch", "peft-shira", base, overwrite=True)

@@ -22,6 +22,7 @@ import torch
 import shira
 from shira.adapter import checksum_of
 from shira.adapter import file as adapter_file
+from shira.adapter.checksum import bytes_of
 from shira.masks.choose import choose_entries
 
 HUGE = [2**31, 2**53, 2**62, 2**63, 2**64, -(2**63), 10**400]
@@ -64,6 +65,23 @@ RAW = ["NaN", "Infinity", "-Infinity", "1e999", "[" * 5000, '{"a":' * 5000, "9" 
 BASE = {"a": torch.arange(900.0).sin().view(30, 30), "b": torch.arange(50.0).cos().bfloat16()}
 
 
+def to_pieces(adapter: shira.Adapter, indices: bool = True, base: Any = None) -> list[bytes | memoryview]:
+    """An adapter's file: three pieces are its header."""
+    content = adapter_file.Content(adapter, adapter.config, adapter.provenance, has_indices=indices)
+    return adapter_file.to_pieces(content, base)
+
+
+def to_bytes(adapter: shira.Adapter, indices: bool = True, base: Any = None) -> bytes:
+    """An adapter's file in one piece."""
+    return b"".join(to_pieces(adapter, indices, base))
+
+
+def from_bytes(data: bytes, base: Any = None) -> shira.Adapter:
+    """The adapter of a file's bytes."""
+    content = adapter_file.from_bytes(data, base)
+    return shira.Adapter(content.tensors, content.config, content.provenance)
+
+
 def originals() -> list[bytes]:
     """Small files with all that a file can have; the last two have no indices."""
     draw = torch.Generator().manual_seed(0)
@@ -89,7 +107,7 @@ def originals() -> list[bytes]:
         shira.Adapter({"long": part(5000, (1000, 500), torch.float16, "replace", torch.float16)}),
         shira.Adapter({}),
     ]
-    whole = [b"".join(adapter_file.to_parts(adapter)) for adapter in adapters]
+    whole = [to_bytes(adapter) for adapter in adapters]
     for more in (
         {"r": 1, "skip": 2, "granularity": 2, "budget": "model"},
         {"mask": "struct", "density": 0.1, "axis": 1},
@@ -100,7 +118,7 @@ def originals() -> list[bytes]:
             entries = BASE[name].view(-1)[indices.long()]
             shape, dtype = tuple(BASE[name].shape), BASE[name].dtype
             parts[name] = shira.AdapterTensor(indices, entries + 1, shape, dtype, checksum=checksum_of(entries))
-        whole.append(b"".join(adapter_file.to_parts(shira.Adapter(parts, config), indices=False, base=BASE)))
+        whole.append(to_bytes(shira.Adapter(parts, config), indices=False, base=BASE))
     return whole
 
 
@@ -224,7 +242,7 @@ def mutated(draw: random.Random, file: bytes) -> tuple[bytes, bool]:
 def outcome(file: bytes, original: bytes, may_be_right: bool) -> str:
     """Loads a file; AssertionError, or any error but AdapterFormatError, is a failure."""
     try:
-        adapter = adapter_file.loads(file, BASE)
+        adapter = from_bytes(file, BASE)
     except shira.AdapterFormatError as error:
         message = str(error)
         if not message.isprintable() or len(message) > 2000:
@@ -241,9 +259,9 @@ def outcome(file: bytes, original: bytes, may_be_right: bool) -> str:
     for name, other in found.items():
         tensor = adapter[name]
         assert tensor.indices.tolist() == other.indices
-        assert bytes(adapter_file.bytes_of(tensor.values)) == other.values
+        assert bytes(bytes_of(tensor.values)) == other.values
         assert (list(tensor.shape), tensor.kind, tensor.checksum) == (other.shape, other.kind, other.base)
-    again = adapter_file.loads(b"".join(adapter_file.to_parts(adapter)))
+    again = from_bytes(to_bytes(adapter))
     assert list(again) == list(adapter)
     return "another adapter"
 

@@ -3,61 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from shira.adapter import file as adapter_file
+from shira.adapter import file
+from shira.adapter.tensor import AdapterTensor, check_tensor
+from shira.files.checkpoint import Base
 from shira.masks.config import ShiraConfig
-
-if TYPE_CHECKING:
-    from shira.files.checkpoint import Base
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterTensor:
-    """The part of an adapter that belongs to one tensor of the model.
-
-    Attributes:
-        indices: [nnz] int32 or int64, flat row-major positions in the tensor, sorted and unique.
-        values: [nnz]. Of kind "replace" the new entries, in the tensor's dtype; of kind "add" what is added to the old
-            ones, in the tensor's dtype or float32.
-        shape: of the model's tensor.
-        dtype: of the model's tensor: float64, float32, bfloat16 or float16.
-        kind: "replace" or "add".
-        checksum: `checksum_of` the entries of the base that are changed, or None if they are not known.
-    """
-
-    indices: torch.Tensor
-    values: torch.Tensor
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    kind: str = "replace"
-    checksum: str | None = None
-
-    @property
-    def nnz(self) -> int:
-        """Number of entries."""
-        return self.indices.numel()
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of the model's tensor."""
-        return math.prod(self.shape)
 
 
 class Adapter(Mapping[str, AdapterTensor]):
     """A checked, read-only mapping: state-dict name of a tensor -> AdapterTensor.
 
     Args:
-        tensors: the parts, by name.
+        tensors: what the adapter has of each tensor, by name.
         config: what made it, if known.
         provenance: of which adapters it was made, if of others: a JSON object, see `shira.fuse`. It is copied.
 
@@ -72,7 +32,7 @@ class Adapter(Mapping[str, AdapterTensor]):
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         for name, tensor in tensors.items():
-            _check(name, tensor)
+            check_tensor(name, tensor)
         self._tensors = dict(tensors)
         self.config = config
         self.provenance = None if provenance is None else _json_object(provenance)
@@ -115,11 +75,11 @@ class Adapter(Mapping[str, AdapterTensor]):
                 indices.
 
         Raises:
-            ValueError: a name is no name of a state dict (printable parts between dots, without slashes, of at most 512
+            ValueError: a name is not one of a state dict (printable parts between dots, without slashes, of at most 512
                 characters); the indices cannot be recomputed, no base is given for it, or another one.
             OSError: the file cannot be written.
         """
-        adapter_file.save(self, path, indices, base)
+        file.write(path, file.Content(self, self.config, self.provenance, has_indices=indices), base)
 
     @staticmethod
     def load(path: str | os.PathLike[str], *, base: Base | None = None) -> Adapter:
@@ -134,15 +94,19 @@ class Adapter(Mapping[str, AdapterTensor]):
                 it has no indices, and no base is given or the mask of the base is another one.
             OSError: it cannot be read.
         """
-        return adapter_file.load(path, base)
+        content = file.read(path, base)
+        adapter = Adapter(content.tensors, content.config)
+        adapter.provenance = content.provenance  # which was just parsed, so it need not be copied and checked again
+        return adapter
 
 
-def checksum_of(entries: torch.Tensor) -> str:
-    """SHA-256, the first 16 bytes in hex, of the entries' little-endian bytes in order; equal only if every bit is.
+def describe(path: str | os.PathLike[str]) -> tuple[Adapter, bool]:
+    """What a file's header says, as an adapter of tensors on the meta device, and whether the file has indices.
 
-    entries: [nnz], contiguous, any dtype of 1, 2, 4 or 8 bytes, any device.
+    Only the header is read and checked. Raises AdapterFormatError or OSError.
     """
-    return adapter_file.checksum(adapter_file.bytes_of(entries.detach().cpu()))
+    content = file.describe(path)
+    return Adapter(content.tensors, content.config, content.provenance), content.has_indices
 
 
 def _json_object(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,38 +118,3 @@ def _json_object(provenance: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"provenance must be a JSON object: {error}") from None
     return copy
-
-
-def _check(name: str, tensor: AdapterTensor) -> None:
-    def refuse(field: str, message: str) -> None:
-        raise ValueError(f"{name}: {field} {message}")
-
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"the name of a tensor must be a string that is not empty, got {name!r}")
-    if not isinstance(tensor, AdapterTensor):
-        raise ValueError(f"{name}: must be an AdapterTensor, got {type(tensor).__name__}")
-    if not isinstance(tensor.shape, tuple) or not all(type(size) is int and size >= 0 for size in tensor.shape):
-        refuse("shape", f"must be a tuple of sizes, got {tensor.shape!r}")
-    if tensor.dtype not in DTYPES:
-        refuse("dtype", f"must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
-    if tensor.kind not in ("replace", "add"):
-        refuse("kind", f"must be 'replace' or 'add', got {tensor.kind!r}")
-    if tensor.checksum is not None and not (
-        isinstance(tensor.checksum, str) and re.fullmatch("[0-9a-f]{32}", tensor.checksum)
-    ):
-        refuse("checksum", f"must be 32 hex digits or None, got {tensor.checksum!r}")
-    indices, values = tensor.indices, tensor.values
-    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
-        refuse("indices", f"must be 1-D int32 or int64, got {indices.dtype} {tuple(indices.shape)}")
-    if values.dtype != tensor.dtype and not (tensor.kind == "add" and values.dtype == torch.float32):
-        or_more = " or torch.float32" if tensor.kind == "add" else ""
-        refuse("values", f"must be {tensor.dtype}{or_more} in kind {tensor.kind!r}, got {values.dtype}")
-    if values.shape != indices.shape:
-        refuse("values", f"must be one per index, [{indices.numel()}], got {list(values.shape)}")
-    if not indices.numel() or indices.is_meta:  # of a file's description, which has no entries
-        return
-    if not bool((indices[1:] > indices[:-1]).all()):
-        refuse("indices", "must be sorted and unique")
-    first, last = int(indices[0]), int(indices[-1])
-    if first < 0 or last >= tensor.numel:
-        refuse("indices", f"must lie in [0, {tensor.numel}), got {first if first < 0 else last}")

@@ -2,89 +2,116 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from shira.adapter.adapter import AdapterTensor, checksum_of
-from shira.files.checkpoint import Base, TensorFolder
-from shira.model.names import canonical, first_names, resolve
+from shira.adapter.checksum import checksum_of
+from shira.adapter.tensor import AdapterTensor
+from shira.files.checkpoint import Base, open_tensors
+from shira.files.errors import ArgumentError, Piece, warn
+from shira.model.names import canonical, first_names
 
-Read = Callable[[], torch.Tensor]
-Find = Callable[[str], tuple[str, Read | None]]
+
+class BaseTensors(Mapping[str, torch.Tensor]):
+    """A base's tensors by canonical name, in its order; those on disk are read when they are asked for.
+
+    Nothing that was read is kept, so a base may hold more than memory does.
+
+    Args:
+        base: a model whose weights hold it, its state dict, or the path of a safetensors file or of a folder of them.
+        argument: what messages call it.
+
+    Raises:
+        ValueError: `base` is none of these, or no whole safetensors are there.
+        OSError: something cannot be read.
+    """
+
+    def __init__(self, base: Base, argument: str = "base") -> None:
+        self._tensors, self._argument = open_tensors(base, argument), argument
+        self._own = {canonical(own): own for own in self._tensors}
+        self._first_uses: dict[str, str] | None = None
+        if isinstance(base, nn.Module):
+            first = first_names(base)
+            parameters = base.named_parameters(remove_duplicate=False)
+            self._first_uses = {canonical(own): first[parameter] for own, parameter in parameters}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[self._own[name]].detach()
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._own
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def own_name(self, name: str) -> str:
+        """What the base itself calls the tensor of this canonical name."""
+        return self._own[name]
+
+    def find(self, name: str) -> str:
+        """The canonical name of an adapter's tensor, given in any spelling; in a model that of the parameter's first
+        use. Raises ValueError if the base lacks it."""
+        wanted = canonical(name)
+        if self._first_uses is not None:
+            wanted = self._first_uses.get(wanted, "")
+            if wanted not in self._own:
+                raise ValueError(f"the model has no parameter {name!r}")
+        elif wanted not in self._own:
+            raise ValueError(f"{name}: the base has no tensor of this name")
+        return wanted
+
+    def check_names(self) -> None:
+        """Refuses with ValueError a base that has two tensors of one canonical name."""
+        if len(self._own) == len(self._tensors):
+            return
+        seen: dict[str, str] = {}
+        for own in self._tensors:
+            name = canonical(own)
+            if name in seen:
+                raise ValueError(f"{self._argument} has the tensor {name!r} twice: as {seen[name]!r} and as {own!r}")
+            seen[name] = own
+
+    def aliases(self) -> dict[str, str]:
+        """Of tensors that share their memory with an earlier one, the name of the first; of a base in memory only."""
+        if not isinstance(self._tensors, dict):  # of a file: tensors there have memory of their own
+            return {}
+        first: dict[tuple[Any, ...], str] = {}
+        aliases = {}
+        for name, tensor in self.items():
+            if tensor.numel() and not tensor.is_meta:
+                memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                if first.setdefault(memory, name) != name:
+                    aliases[name] = first[memory]
+        return aliases
 
 
-def check_fits(name: str, tensor: AdapterTensor, weight: torch.Tensor) -> None:
+def check_fits(name: Piece, tensor: AdapterTensor, weight: torch.Tensor) -> None:
     """Refuses with ValueError an adapter's tensor of another shape or dtype than the model's, and a weight that cannot
     be written in place."""
     if tuple(weight.shape) != tensor.shape:
-        raise ValueError(f"{name}: the adapter's shape is {tensor.shape}, the model's {tuple(weight.shape)}")
+        raise ArgumentError(name, f": the adapter's shape is {tensor.shape}, the model's {tuple(weight.shape)}")
     if weight.dtype != tensor.dtype:
-        raise ValueError(f"{name}: the adapter's dtype is {tensor.dtype}, the model's {weight.dtype}")
+        raise ArgumentError(name, f": the adapter's dtype is {tensor.dtype}, the model's {weight.dtype}")
     if weight.is_meta:
-        raise ValueError(f"{name}: the model's tensor is on the meta device and holds no data")
+        raise ArgumentError(name, ": the model's tensor is on the meta device and holds no data")
     if not weight.is_contiguous():
-        raise ValueError(f"{name}: the model's tensor must be contiguous, got strides {weight.stride()}")
+        raise ArgumentError(name, f": the model's tensor must be contiguous, got strides {weight.stride()}")
 
 
-def check_base(name: str, tensor: AdapterTensor, base: torch.Tensor) -> None:
+def check_base(name: Piece, tensor: AdapterTensor, base: torch.Tensor) -> None:
     """Refuses with ValueError an adapter's tensor that was made for other base entries; warns if that is not known."""
     if tensor.checksum is None:
-        warnings.warn(f"{name}: no checksum, so the adapter may belong to another base", stacklevel=3)
+        warn(name, ": no checksum, so the adapter may belong to another base")
     elif tensor.checksum != checksum_of(base):
-        raise ValueError(f"{name}: the adapter belongs to another base: the entries it changes have another checksum")
+        raise ArgumentError(name, ": the adapter belongs to another base: the entries it changes have another checksum")
 
 
 def entries_of(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The weight's entries at flat `indices`, on the device of those."""
     return weight.detach().view(-1).index_select(0, indices.to(weight.device)).to(indices.device)
-
-
-@contextmanager
-def opened(base: Base | None) -> Iterator[Find]:
-    """Gives a function from a tensor's name to its canonical one (in a model that of its first use) and how to read it:
-    one tensor at a time, for a file may hold more than memory."""
-    if base is None:
-        yield lambda name: (canonical(name), None)
-    elif isinstance(base, nn.Module):
-        model, first = base, first_names(base)
-
-        def in_model(name: str) -> tuple[str, Read]:
-            weight = resolve(model, name)
-            return first[weight], lambda: weight
-
-        yield in_model
-    elif isinstance(base, Mapping):
-        yield _finder(base, base.__getitem__)
-    elif isinstance(base, (str, os.PathLike)) and os.path.isdir(base):
-        folder = TensorFolder(base)
-        yield _finder(folder, folder.__getitem__)
-    elif isinstance(base, (str, os.PathLike)):
-        from safetensors import SafetensorError, safe_open
-
-        with open(base, "rb"):  # for the usual OSError, with errno and path
-            pass
-        try:
-            file = safe_open(base, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(base)}: not a whole safetensors file: {error}") from None
-        with file:
-            yield _finder(file.keys(), file.get_tensor)
-    else:
-        raise ValueError(f"base must be a model, its state dict or the path of safetensors, got {base!r}")
-
-
-def _finder(names: Iterable[str], tensor_of: Callable[[str], torch.Tensor]) -> Find:
-    own_names = {canonical(own): own for own in names}
-
-    def find(name: str) -> tuple[str, Read]:
-        wanted = canonical(name)
-        if wanted not in own_names:
-            raise ValueError(f"{name}: the base has no tensor of this name")
-        return wanted, lambda: tensor_of(own_names[wanted])
-
-    return find

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 
-from shira.adapter.adapter import Adapter, AdapterTensor, checksum_of
-from shira.adapter.base import Find, Read, check_base, check_fits, entries_of, opened
+from shira.adapter.adapter import Adapter
+from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of
+from shira.adapter.checksum import checksum_of
+from shira.adapter.tensor import AdapterTensor
 from shira.files.checkpoint import Base
+from shira.files.errors import Argument, ArgumentError, Piece
 from shira.files.progress import Progress, no_progress
+from shira.model.names import canonical
 from shira_kernels import fuse_adapters
 from shira_kernels.ops.fuse_adapters import POLICIES
 
@@ -46,51 +52,67 @@ def fuse(
     Returns:
         An adapter with float32 values (float64 for float64 tensors), which are rounded only where they are applied.
         Names are canonical, in a model as base those of a tensor's first use. Checksums are those of the base's entries
-        over the union; with no base, that of a part that has all of the union's entries, else None. Its `provenance` is
-        {"policy": ..., "adapters": [{"name": the file's name or null, "weight": ..., "kind": "add", "replace",
-        "add+replace" or null if it changes nothing, "nnz": ..., "config": ... or null}]}; an adapter that has a
-        provenance keeps it in its entry under "provenance".
+        over the union; with no base, that of an adapter that has all of the union's entries, else None. Its
+        `provenance` is {"policy": ..., "adapters": [{"name": the file's name or null, "weight": ..., "kind": "add",
+        "replace", "add+replace" or null if it changes nothing, "nnz": ..., "config": ... or null}]}; an adapter that
+        has a provenance keeps it in its entry under "provenance".
 
     Raises:
-        ValueError: naming the adapter's position and the tensor: a part of kind "replace" and no base, a base that
+        ValueError: naming the adapter's position and the tensor: one of kind "replace" and no base, a base that
             lacks the tensor, has it with another shape or dtype, or other entries than the adapter was made for, two
             adapters that disagree about a tensor's shape or dtype; no adapter, a strength that is not finite, an
-            unknown policy, a file that is no valid adapter (AdapterFormatError).
+            unknown policy, a file that is not a valid adapter (AdapterFormatError).
         OSError: a file cannot be read.
 
     Warns:
-        UserWarning: a base is given and a part has no checksum, so that it cannot be told whether they belong together.
+        ShiraWarning: a base is given and a tensor has no checksum, so that it cannot be told whether they belong
+            together.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-    loaded = [_loaded(position, pair, base) for position, pair in enumerate(adapters)]
+    loaded = [_loaded(Argument("adapters", position), pair, base) for position, pair in enumerate(adapters)]
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
-    with opened(base) as find:
-        by_name: dict[str, list[tuple[str, AdapterTensor, Read | None, float]]] = {}
-        for position, (_, adapter, strength) in enumerate(loaded):
-            for name, (label, tensor, read) in _parts(adapter, find).items():
-                by_name.setdefault(name, []).append((f"adapters[{position}]: {label}", tensor, read, strength))
-        tensors = {}
-        for done, (name, parts) in enumerate(by_name.items()):
-            progress(done, len(by_name), name)
-            tensors[name] = _fused(parts, policy, force)
+    weights = None if base is None else BaseTensors(base)
+    by_name: dict[str, list[_Summand]] = {}
+    for position, (_, adapter, strength) in enumerate(loaded):
+        for name, (label, tensor) in _by_name(adapter, weights).items():
+            summand = _Summand((Argument("adapters", position), f": {label}"), tensor, strength)
+            by_name.setdefault(name, []).append(summand)
+    tensors = {}
+    for done, (name, summands) in enumerate(by_name.items()):
+        progress(done, len(by_name), name)
+        tensors[name] = _fused(summands, None if weights is None else weights[name], policy, force)
     return Adapter(tensors, provenance={"policy": policy, "adapters": [_origin(*entry) for entry in loaded]})
 
 
+def checked_strength(called: Piece, strength: float) -> float:
+    """Refuses with ValueError what is not a finite float32 number; `called` is what the message calls it."""
+    largest = torch.finfo(torch.float32).max
+    if not isinstance(strength, Real) or not -largest <= strength <= largest:
+        raise ArgumentError(called, f" must be a finite float32 number, got {strength!r}")
+    return float(strength)
+
+
+@dataclass(frozen=True)
+class _Summand:
+    """An adapter's entries of one tensor, and their strength."""
+
+    label: Piece  # in messages
+    tensor: AdapterTensor
+    strength: float
+
+
 def _loaded(
-    position: int, pair: tuple[Adapter | str | os.PathLike[str], float], base: Base | None
+    argument: Argument, pair: tuple[Adapter | str | os.PathLike[str], float], base: Base | None
 ) -> tuple[str | None, Adapter, float]:
     """The file's name if there is one, the adapter, and its strength."""
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], (Adapter, str, os.PathLike)):
-        raise ValueError(f"adapters[{position}] must be a pair (adapter or its path, strength), got {pair!r}")
-    adapter, strength = pair
-    largest = torch.finfo(torch.float32).max
-    if not isinstance(strength, (int, float)) or not -largest <= strength <= largest:
-        raise ValueError(f"adapters[{position}]: the strength must be a finite float32 number, got {strength!r}")
+        raise ArgumentError(argument, f" must be a pair (adapter or its path, strength), got {pair!r}")
+    adapter, strength = pair[0], checked_strength((argument, ": the strength"), pair[1])
     if isinstance(adapter, Adapter):
-        return None, adapter, float(strength)
-    return os.path.basename(adapter), Adapter.load(adapter, base=base), float(strength)
+        return None, adapter, strength
+    return os.path.basename(adapter), Adapter.load(adapter, base=base), strength
 
 
 def _origin(name: str | None, adapter: Adapter, strength: float) -> dict[str, Any]:
@@ -105,27 +127,26 @@ def _origin(name: str | None, adapter: Adapter, strength: float) -> dict[str, An
     return origin if adapter.provenance is None else {**origin, "provenance": adapter.provenance}
 
 
-def _fused(parts: list[tuple[str, AdapterTensor, Read | None, float]], policy: str, force: bool) -> AdapterTensor:
-    """The parts of one tensor as one."""
-    _, first, read, _ = parts[0]
-    weight = read and read()
+def _fused(summands: list[_Summand], weight: torch.Tensor | None, policy: str, force: bool) -> AdapterTensor:
+    """What several adapters have of one tensor, as one. `weight` is the base's tensor, if there is a base."""
+    first = summands[0].tensor
     device = first.indices.device
     indices, values = [], []
-    for label, tensor, _, _ in parts:
+    for label, tensor in ((summand.label, summand.tensor) for summand in summands):
         for field in ("shape", "dtype"):
             own, others = getattr(tensor, field), getattr(first, field)
             if own != others:
-                raise ValueError(f"{label}: the tensor's {field} is {own}, but {others} in {parts[0][0]}")
+                raise ArgumentError(label, f": the tensor's {field} is {own}, but {others} in ", summands[0].label)
         values.append(_delta(label, tensor, weight, force).to(device))
         indices.append(tensor.indices.to(device))
-    strengths = torch.tensor([strength for *_, strength in parts], dtype=torch.float32, device=device)
+    strengths = torch.tensor([summand.strength for summand in summands], dtype=torch.float32, device=device)
     union, fused = fuse_adapters(indices, values, strengths, policy)
     if weight is not None:
         checksum: str | None = checksum_of(entries_of(weight, union))
     else:
-        known = {tensor.checksum for _, tensor, _, _ in parts if tensor.nnz == union.numel()} - {None}
+        known = {s.tensor.checksum for s in summands if s.tensor.nnz == union.numel()} - {None}
         if len(known) > 1 and not force:
-            raise ValueError(f"{parts[-1][0]}: the adapters were made for different bases")
+            raise ArgumentError(summands[-1].label, ": the adapters were made for different bases")
         checksum = known.pop() if len(known) == 1 else None
     return AdapterTensor(union, fused, first.shape, first.dtype, "add", checksum)
 
@@ -135,7 +156,7 @@ def deltas(adapter: Adapter, base: Base | None, *, force: bool = False) -> dict[
     """What an adapter adds to the base.
 
     Args:
-        adapter: of any kind; parts of kind "add" are deltas already, those of kind "replace" need the base.
+        adapter: of any kind; tensors of kind "add" are deltas already, those of kind "replace" need the base.
         base: the tensors that the adapter was made for, with names in any spelling; None if there is none.
         force: use the base also where its entries do not have the adapter's checksum.
 
@@ -144,38 +165,39 @@ def deltas(adapter: Adapter, base: Base | None, *, force: bool = False) -> dict[
         the values of kind "add", value - base of kind "replace"), on the adapter's device.
 
     Raises:
-        ValueError: naming the tensor: a part of kind "replace" and no base, a base that lacks the tensor, has it with
+        ValueError: naming the tensor: one of kind "replace" and no base, a base that lacks the tensor, has it with
             another shape or dtype, or other entries than the adapter was made for; a tensor named twice.
         OSError: the base's file cannot be read.
 
     Warns:
-        UserWarning: a part has no checksum, so that it cannot be told whether it was made for this base.
+        ShiraWarning: a tensor has no checksum, so that it cannot be told whether it was made for this base.
     """
-    with opened(base) as find:
-        return {
-            name: (tensor.indices, _delta(label, tensor, read and read(), force))
-            for name, (label, tensor, read) in _parts(adapter, find).items()
-        }
+    weights = None if base is None else BaseTensors(base)
+    return {
+        name: (tensor.indices, _delta(label, tensor, None if weights is None else weights[name], force))
+        for name, (label, tensor) in _by_name(adapter, weights).items()
+    }
 
 
-def _parts(adapter: Adapter, find: Find) -> dict[str, tuple[str, AdapterTensor, Read | None]]:
-    """Canonical name -> the adapter's own name, its part, and how to read the base's tensor."""
-    parts: dict[str, tuple[str, AdapterTensor, Read | None]] = {}
+def _by_name(adapter: Adapter, weights: BaseTensors | None) -> dict[str, tuple[str, AdapterTensor]]:
+    """Canonical name, in a model that of the first use -> the adapter's own name, and its tensor."""
+    found: dict[str, tuple[str, AdapterTensor]] = {}
     for label, tensor in adapter.items():
-        name, read = find(label)
-        if name in parts:
+        name = canonical(label) if weights is None else weights.find(label)
+        if name in found:
             raise ValueError(f"{label}: the adapter names the tensor {name!r} twice")
-        parts[name] = (label, tensor, read)
-    return parts
+        found[name] = (label, tensor)
+    return found
 
 
-def _delta(label: str, tensor: AdapterTensor, weight: torch.Tensor | None, force: bool) -> torch.Tensor:
+def _delta(label: Piece, tensor: AdapterTensor, weight: torch.Tensor | None, force: bool) -> torch.Tensor:
     """[nnz] in the type that deltas are computed in."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     values = tensor.values.to(dtype)
     if weight is None:
         if tensor.kind == "replace":
-            raise ValueError(f"{label}: a part of kind 'replace' becomes a delta by subtracting the base: give `base`")
+            reason = ": a part of kind 'replace' becomes a delta by subtracting the base: give "
+            raise ArgumentError(label, reason, Argument("base"))
         return values
     check_fits(label, tensor, weight)
     entries = entries_of(weight, tensor.indices)

@@ -18,19 +18,20 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from shira.adapter.adapter import Adapter, AdapterTensor
+from shira.adapter.adapter import Adapter
 from shira.adapter.fusion import deltas
+from shira.adapter.tensor import AdapterTensor
 from shira.files.checkpoint import Base
 from shira.model.names import canonical
 
 Source: TypeAlias = Adapter | str | os.PathLike[str]  # an adapter or its file
-_Part = TypeVar("_Part", bound="Overlap")
-_BLOCK = 64  # rows of a product that are there at a time: so many are nearly as fast as more, and need less memory
+_Counts = TypeVar("_Counts", bound="Overlap")
+_BLOCK = 64  # rows of a product that are there at a time: 64 are nearly as fast as more, and need less memory
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Which entries two adapters share, in one tensor. Those of several tensors add up: `sum(parts, Overlap())`.
+    """Which entries two adapters share, in one tensor. Those of several tensors add up: `sum(overlaps, Overlap())`.
 
     Attributes:
         entries: how many each adapter changes.
@@ -40,7 +41,7 @@ class Overlap:
     entries: tuple[int, int] = (0, 0)
     common: int = 0
 
-    def __add__(self: _Part, other: _Part) -> _Part:
+    def __add__(self: _Counts, other: _Counts) -> _Counts:
         return type(self)(*(_plus(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
 
     @property
@@ -51,7 +52,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Interference(Overlap):
-    """How two adapters' deltas meet, in one tensor. Those of several tensors add up: `sum(parts, Interference())`.
+    """How two adapters' deltas meet, in one tensor. Those of several tensors add up: `sum(found, Interference())`.
 
     Attributes:
         opposite: how many of the common entries have deltas of opposite signs.
@@ -104,7 +105,7 @@ def awom(a: Source, b: Source, base: Base | None = None) -> float:
 
     Raises:
         ValueError: there is no base and one is needed, or it is another one; the adapters have a tensor in different
-            shapes; a delta is not finite; a file is no valid adapter (AdapterFormatError).
+            shapes; a delta is not finite; a file is not a valid adapter (AdapterFormatError).
         OSError: a file cannot be read.
     """
     return sum(interference(a, b, base).values(), Interference()).awom
@@ -131,7 +132,7 @@ def overlap(a: Source, b: Source, base: Base | None = None) -> float:
         base: what they were trained on, as in `shira.fuse`; only files without indices need it.
 
     Raises:
-        ValueError: the adapters have a tensor in different shapes; a file is no valid adapter (AdapterFormatError).
+        ValueError: the adapters have a tensor in different shapes; a file is not a valid adapter (AdapterFormatError).
         OSError: a file cannot be read.
     """
     return sum(overlaps(a, b, base).values(), Overlap()).overlap
@@ -161,7 +162,10 @@ def as_deltas(adapter: Source, base: Base | None = None) -> Adapter:
 
 
 def pairs(a: Adapter, b: Adapter) -> Iterator[tuple[str, AdapterTensor | None, AdapterTensor | None]]:
-    """Name and parts of each tensor that at least one adapter changes. Raises ValueError where their shapes differ."""
+    """The name of each tensor that at least one adapter changes, and what either has of it.
+
+    Raises ValueError where their shapes differ.
+    """
     own, others = _by_name(a), _by_name(b)
     for name in own | others:
         tensor, other = own.get(name), others.get(name)
@@ -206,7 +210,7 @@ def interference_of(first: AdapterTensor | None, second: AdapterTensor | None) -
 
 
 def energy_of(tensor: AdapterTensor | None) -> float:
-    """The sum of squares of a part's values; 0 if there is none."""
+    """The sum of squares of a tensor's values; 0 if there is none."""
     return float(tensor.values.double().square().sum()) if tensor else 0.0
 
 
@@ -255,7 +259,7 @@ def _matrix(tensor: AdapterTensor, columns: int) -> _Matrix:
 def _product(first: _Matrix, second: _Matrix, rows: int, columns: int) -> tuple[float, int]:
     """Sum of squares and number of nonzeros of A1^T A2, or of A2^T A1, which has the same.
 
-    A block of A1's columns at a time is dense, [rows, 64]; the sparse A2^T times that is so many columns of A2^T A1.
+    A block of A1's columns at a time is dense, [rows, 64]; the sparse A2^T times that is 64 columns of A2^T A1.
     Torch has a product of two sparse matrices too, but not on all CPUs, and here it is slower where it has: of the
     elements of the product of two 4096 x 4096 matrices at 2 %, four of five are not zero.
     """

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from shira.files.errors import AdapterFormatError, Argument, ArgumentError, ShiraWarning
 from shira.model.names import printable
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def info(
     """
     with plainly():
         from shira import convert as formats
-        from shira.adapter.file import describe
+        from shira.adapter.adapter import describe
         from shira.convert.merge import fit_of
 
         form = formats.format_of(file)
@@ -279,19 +280,17 @@ def convert(
 def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
     """Errors of the input become CommandErrors; our warnings one line each, and those of libraries nothing."""
 
-    def in_words_of_a_command(text: str) -> str:
-        for position, file in enumerate(adapters):
-            text = text.replace(f"adapters[{position}]", str(file))
-        for argument in ("top", "base", "common", "device", "seconds"):
-            text = text.replace(f"`{argument}`", f"--{argument}")
-        return printable(text)
+    def option(argument: Argument) -> str:
+        if argument.position is not None:
+            return str(files.get(argument.position, argument))
+        return "--force" if argument.name == "overwrite" else f"--{argument.name}"
 
-    own = os.path.dirname(os.path.dirname(__file__))
+    files = dict(enumerate(adapters))
     alike: dict[str, list[Any]] = {}  # by what follows the tensor's name: the first such warning, how many there are
 
-    def note(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
-        if category is UserWarning and filename.startswith(own):
-            alike.setdefault(str(message).rpartition(": ")[2], [str(message), 0])[1] += 1
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if isinstance(message, ShiraWarning):
+            alike.setdefault(str(message).rpartition(": ")[2], [message.said(option), 0])[1] += 1
 
     # transformers would draw bars and report on weights by itself.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -301,12 +300,14 @@ def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
         warnings.showwarning = note
         try:
             yield
+        except (ArgumentError, AdapterFormatError) as error:
+            raise CommandError(printable(error.said(option))) from None
         except ValueError as error:
-            raise CommandError(in_words_of_a_command(str(error))) from None
+            raise CommandError(printable(str(error))) from None
         finally:
             for first, number in alike.values():
                 more = f" (and {number - 1} more)" if number > 1 else ""
-                print(f"shira: warning: {in_words_of_a_command(first)}{more}", file=sys.stderr)
+                print(f"shira: warning: {printable(first)}{more}", file=sys.stderr)
 
 
 @contextmanager

@@ -17,9 +17,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
-from shira.adapter.adapter import Adapter, AdapterTensor, checksum_of
-from shira.adapter.base import opened
+from shira.adapter.adapter import Adapter
+from shira.adapter.base import BaseTensors
+from shira.adapter.checksum import checksum_of
+from shira.adapter.tensor import AdapterTensor
 from shira.files.checkpoint import Base
+from shira.files.errors import Argument, ArgumentError
 from shira.serving.bank import ResidentAdapters
 from shira_kernels import backends
 from shira_kernels.bits import as_bits
@@ -83,11 +86,11 @@ def run_bench(
     if bool(files) != (base is not None):
         raise ValueError("adapters need the base that they were made for, --base" if files else "--base needs adapters")
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"`device` must be cpu or cuda, got {device!r}")
+        raise ArgumentError(Argument("device"), f" must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`device` cuda: torch finds no GPU")
+        raise ArgumentError(Argument("device"), " cuda: torch finds no GPU")
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"`seconds` must be finite and not negative, got {seconds}")
+        raise ArgumentError(Argument("seconds"), f" must be finite and not negative, got {seconds}")
     adapters = {file.stem: Adapter.load(file, base=base) for file in files}
     if len(adapters) < len(files):
         raise ValueError(f"two adapters have the same name: {', '.join(file.stem for file in files)}")
@@ -236,14 +239,10 @@ def _threads(number: int) -> Iterator[None]:
 
 def model_of(adapters: Iterable[Adapter], base: Base) -> nn.Module:
     """A module with the tensors that the adapters change, under the adapters' names."""
-    model = nn.Module()
-    with opened(base) as find:
-        for adapter in adapters:
-            for name in adapter:
-                _, read = find(name)
-                if read is None:
-                    raise ValueError(f"the base has no tensor {name!r}")
-                _put(model, name, read().clone())
+    model, weights = nn.Module(), BaseTensors(base)
+    for adapter in adapters:
+        for name in adapter:
+            _put(model, name, weights[weights.find(name)].clone())
     return model
 
 

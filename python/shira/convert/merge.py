@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from shira.adapter.adapter import Adapter, AdapterTensor, checksum_of
-from shira.adapter.base import check_base, check_fits, entries_of
-from shira.adapter.file import describe
-from shira.files.atomic import AdapterFormatError
-from shira.files.checkpoint import Base, TensorFolder, open_tensors
+from shira.adapter.adapter import Adapter, describe
+from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of
+from shira.adapter.checksum import checksum_of
+from shira.adapter.fusion import checked_strength
+from shira.adapter.tensor import AdapterTensor
+from shira.files.checkpoint import Base, TensorFolder
+from shira.files.errors import AdapterFormatError, Argument, ArgumentError, warn
 from shira.files.output import check_apart, check_free, check_replaceable, written_whole
 from shira.files.progress import Progress, no_progress
 from shira.model.names import canonical
-from shira.serving.bank import ResidentAdapters
+from shira.serving import arena
+from shira_kernels import scatter_apply
 from shira_kernels.bits import as_bits
 
 # Weights in other formats: they would still be those of the base.
@@ -66,14 +67,15 @@ def fit_of(adapter: Adapter | str | os.PathLike[str], base: Base) -> Fit:
     """Whether an adapter, or that of a file, was made for a base: a model whose weights hold it now, a state dict, or
     the path of a safetensors file or of a folder of them, of which one tensor is in memory at a time.
 
-    A file without indices whose mask the base does not give is called one of another base, as if it cannot be damaged.
+    A file without indices whose mask the base does not give is called one of another base, though it may be damaged:
+    nothing tells the two apart.
 
     Raises:
-        ValueError: `base` is none of these, or a file of it is damaged; a file is no valid adapter
+        ValueError: `base` is none of these, or a file of it is damaged; a file is not a valid adapter
             (AdapterFormatError).
         OSError: something cannot be read.
     """
-    tensors = open_tensors(base)
+    weights = BaseTensors(base)
     if not isinstance(adapter, Adapter):
         has_indices = describe(adapter)[1]
         try:
@@ -82,20 +84,19 @@ def fit_of(adapter: Adapter | str | os.PathLike[str], base: Base) -> Fit:
             if has_indices:
                 raise
             return Fit(False, f"another base: {error}")
-    own = {canonical(name): name for name in tensors}
     other, unknown = 0, 0
-    for label, part in adapter.items():
-        if canonical(label) not in own:
+    for label, tensor in adapter.items():
+        if canonical(label) not in weights:
             return Fit(False, f"another model: it has no tensor {label}")
-        weight = tensors[own[canonical(label)]]
+        weight = weights[canonical(label)]
         try:
-            check_fits(label, part, weight)
+            check_fits(label, tensor, weight)
         except ValueError as error:
             return Fit(False, f"another model: {error}")
-        if part.checksum is None:
+        if tensor.checksum is None:
             unknown += 1
         else:
-            other += part.checksum != checksum_of(entries_of(weight, part.indices))
+            other += tensor.checksum != checksum_of(entries_of(weight, tensor.indices))
     if other:
         return Fit(False, f"another base: {other} of {len(adapter)} tensors differ where the adapter changes them")
     if unknown:
@@ -135,15 +136,14 @@ def merge_checkpoint(
         OSError: something cannot be read or written.
 
     Warns:
-        UserWarning: an adapter has no checksum, so that it cannot be told whether it was made for this base.
+        ShiraWarning: an adapter has no checksum, so that it cannot be told whether it was made for this base.
     """
     base, output = Path(base), Path(output)
     folder = TensorFolder(base)
-    loaded = [_loaded(position, *pair, base) for position, pair in enumerate(adapters)]
+    loaded = [_loaded(Argument("adapters", position), *pair, base) for position, pair in enumerate(adapters)]
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
-    own_names = {canonical(name): name for name in folder}
-    parts = _parts_by_tensor([adapter for adapter, _ in loaded], own_names)
+    changed = _by_tensor([adapter for adapter, _ in loaded], BaseTensors(folder))
     strengths = [strength for _, strength in loaded]
 
     files = sorted(set(folder.files.values()))
@@ -153,7 +153,7 @@ def merge_checkpoint(
     inputs = [base, *(Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter))]
     _check_output(base.is_dir(), output, [str(file.relative_to(base)) for file in (*files, *others)], inputs, overwrite)
     _warn_of_unknown([adapter for adapter, _ in loaded])
-    total, done = len(files) + len(parts), 0
+    total, done = len(files) + len(changed), 0
     with written_whole(output) as temporary:
         for file in others:
             _copy(file, temporary / file.relative_to(base))
@@ -164,7 +164,7 @@ def merge_checkpoint(
             _copy(file, copy)
             with open(copy, "r+b") as target:
                 begins = _data_offsets(target)
-                for name in (name for name in parts if folder.files[name] == file):
+                for name in (name for name in changed if folder.files[name] == file):
                     progress(done, total, name)
                     done += 1
                     if name not in begins:
@@ -172,24 +172,22 @@ def merge_checkpoint(
                     target.seek(begins[name])
                     # Given no name, so that it is gone before the next is read.
                     target.write(
-                        as_bits(_switched(name, folder[name], parts[name], strengths, force_base)).numpy().data
+                        as_bits(_switched(name, folder[name], changed[name], strengths, force_base)).numpy().data
                     )
         progress(total, total, "")
     return Merged(
-        list(parts),
-        sum(part.nnz for of_tensor in parts.values() for part in of_tensor.values()),
+        list(changed),
+        sum(tensor.nnz for by_adapter in changed.values() for tensor in by_adapter.values()),
         [str(file.relative_to(base)) if base.is_dir() else output.name for file in files],
         left_out,
     )
 
 
 def _loaded(
-    position: int, adapter: Adapter | str | os.PathLike[str], strength: float, base: Path
+    argument: Argument, adapter: Adapter | str | os.PathLike[str], strength: float, base: Path
 ) -> tuple[Adapter, float]:
-    largest = torch.finfo(torch.float32).max
-    if not isinstance(strength, (int, float)) or not -largest <= strength <= largest:
-        raise ValueError(f"adapters[{position}]: the strength must be a finite float32 number, got {strength!r}")
-    return adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, base=base), float(strength)
+    strength = checked_strength((argument, ": the strength"), strength)
+    return adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, base=base), strength
 
 
 def _check_output(is_folder: bool, output: Path, planned: Collection[str], inputs: list[Path], overwrite: bool) -> None:
@@ -205,55 +203,59 @@ def _check_output(is_folder: bool, output: Path, planned: Collection[str], input
 
 def _warn_of_unknown(adapters: Sequence[Adapter]) -> None:
     for position, adapter in enumerate(adapters):
-        unknown = sum(part.checksum is None for part in adapter.values())
+        unknown = sum(tensor.checksum is None for tensor in adapter.values())
         if unknown:
-            warnings.warn(
-                f"adapters[{position}]: no checksum in {unknown} of {len(adapter)} tensors, so it may be of another "
-                "base",
-                stacklevel=4,
-            )
+            reason = f": no checksum in {unknown} of {len(adapter)} tensors, so it may be of another base"
+            warn(Argument("adapters", position), reason)
 
 
 def _lies_in(folder: Path, file: Path) -> bool:
     return folder in file.parents and ".." not in file.relative_to(folder).parts
 
 
-def _parts_by_tensor(adapters: Sequence[Adapter], own_names: Mapping[str, str]) -> dict[str, dict[int, AdapterTensor]]:
-    """The checkpoint's name -> position of the adapter -> its part, in the order of the checkpoint's names."""
+def _by_tensor(adapters: Sequence[Adapter], weights: BaseTensors) -> dict[str, dict[int, AdapterTensor]]:
+    """The checkpoint's name -> position of the adapter -> what it has of the tensor, in the checkpoint's order."""
     found: dict[str, dict[int, AdapterTensor]] = {}
     for position, adapter in enumerate(adapters):
-        for label, part in adapter.items():
-            name = own_names.get(canonical(label))
-            if name is None:
-                raise ValueError(f"adapters[{position}]: {label}: the base has no tensor of this name")
-            if position in found.setdefault(name, {}):
-                raise ValueError(f"adapters[{position}]: {label}: the adapter names the tensor {name!r} twice")
-            found[name][position] = part
-    return {name: found[name] for name in own_names.values() if name in found}
+        argument = Argument("adapters", position)
+        for label, tensor in adapter.items():
+            name = canonical(label)
+            if name not in weights:
+                raise ArgumentError(argument, f": {label}: the base has no tensor of this name")
+            by_adapter = found.setdefault(weights.own_name(name), {})
+            if position in by_adapter:
+                own = weights.own_name(name)
+                raise ArgumentError(argument, f": {label}: the adapter names the tensor {own!r} twice")
+            by_adapter[position] = tensor
+    return {name: found[name] for name in map(weights.own_name, weights) if name in found}
 
 
 def _switched(
     name: str,
     weight: torch.Tensor,
-    parts: Mapping[int, AdapterTensor],
+    tensors: Mapping[int, AdapterTensor],
     strengths: Sequence[float],
     force: bool,
 ) -> torch.Tensor:
-    """The tensor after a switch, by the bank itself: what it would hold in the model."""
-    holder = nn.Module()
-    holder.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
-    bank = ResidentAdapters(holder)
-    for position in range(len(strengths)):
-        part = parts.get(position)
-        if part is not None:
-            label = f"adapters[{position}]: {name}"
-            check_fits(label, part, weight)
-            if not force and part.checksum is not None:
-                check_base(label, part, entries_of(weight, part.indices))
-        bank.add(str(position), Adapter({} if part is None else {"weight": part}), force=True)
-    bank.switch({str(position): strength for position, strength in enumerate(strengths)})
-    result = holder.weight.detach()
-    holder.weight.data = weight.new_empty(0)  # the bank is a cycle, which the garbage collector finds some time later
+    """What a bank's switch to all these adapters would write into this weight, which is contiguous."""
+    key, dtype = (weight.dtype, weight.device), torch.int32 if weight.numel() < 2**31 else torch.int64
+    pieces: dict[str, arena.Pieces] = {}
+    for position, tensor in tensors.items():
+        label = Argument("adapters", position), f": {name}"
+        check_fits(label, tensor, weight)
+        if not force and tensor.checksum is not None:
+            check_base(label, tensor, entries_of(weight, tensor.indices))
+        indices, values = tensor.indices.to(weight.device, dtype), tensor.values.to(weight.device)
+        entries = arena.Arena((0,), [weight], arena.offsets_of([tensor.nnz]), indices)
+        pieces[str(position)] = {key: [arena.Piece([name], [], entries, values, tensor.kind == "add")]}
+    result = weight.clone()
+    if len(strengths) == 1:
+        [piece] = pieces["0"][key]
+        scatter_apply(result, piece.arena.indices, piece.values, strengths[0], piece.additive)
+        return result
+    plan = arena.merge(pieces)
+    union, by_adapter = plan.arenas[key].indices, {str(i): strength for i, strength in enumerate(strengths)}
+    scatter_apply(result, union, arena.mixed(entries_of(weight, union), plan.shares[key], by_adapter))
     return result
 
 

@@ -9,10 +9,6 @@ import secrets
 from pathlib import Path
 
 
-class AdapterFormatError(ValueError):
-    """A file that is not a valid adapter; says the path and what is wrong."""
-
-
 def write_atomically(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
     """Writes a file so that `path` holds either what it held before or all of `data`, also after a crash."""
     target = Path(os.path.realpath(path))

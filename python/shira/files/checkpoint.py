@@ -14,7 +14,7 @@ from torch import nn
 # A model whose weights hold the base, its state dict, a safetensors file of it, or a folder of such files.
 Base = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 
-INDEX = "model.safetensors.index.json"  # of Hugging Face models in several files
+INDEX = "model.safetensors.index.json"  # that Hugging Face models in several files have
 SINGLE = "model.safetensors"
 
 
@@ -26,7 +26,8 @@ def open_tensors(base: Base, argument: str = "base") -> Mapping[str, torch.Tenso
         OSError: something cannot be read.
     """
     if isinstance(base, nn.Module):
-        return {name: tensor.detach() for name, tensor in base.state_dict().items()}
+        state = base.state_dict()  # which may hold more than tensors
+        return {name: tensor.detach() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     if isinstance(base, Mapping):
         return base
     if isinstance(base, (str, os.PathLike)):

@@ -14,23 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shira.files.atomic import hold, name_file
+from shira.files.errors import Argument, ArgumentError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
-def check_free(path: Path, force: bool) -> None:
-    """Refuses with ValueError a file that is there unless `force`, a folder unless it is empty, and a folder to write
-    to that is not there; with OSError one that cannot be written to. What a folder may hold to be replaced is left to
-    `check_replaceable`. What killed runs left behind is removed first."""
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuses with ValueError a file that is there unless `overwrite`, a folder unless it is empty, and a folder to
+    write to that is not there; with OSError one that cannot be written to. What a folder may hold to be replaced is
+    left to `check_replaceable`. What killed runs left behind is removed first."""
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
     _check_writable(path.parent)
     _clean_up(path)
-    if path.is_dir():
-        if any(path.iterdir()) and not force:
-            raise ValueError(f"{path}: there already; --force replaces it")
-    elif os.path.lexists(path) and not force:
-        raise ValueError(f"{path}: there already; --force replaces it")
+    is_there = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    if is_there and not overwrite:
+        raise ArgumentError(f"{path}: there already; ", Argument("overwrite"), " replaces it")
 
 
 def check_apart(output: Path, inputs: Iterable[Path]) -> None:
@@ -42,10 +41,10 @@ def check_apart(output: Path, inputs: Iterable[Path]) -> None:
             raise ValueError(f"{output}: the output must be apart from {path}, which is read")
 
 
-def check_files_free(folder: Path, names: Iterable[str], inputs: Iterable[Path], force: bool) -> None:
+def check_files_free(folder: Path, names: Iterable[str], inputs: Iterable[Path], overwrite: bool) -> None:
     """Refuses with ValueError to write files into a folder, which is made where there is none: files that are there
-    unless `force`, and inputs among them. With OSError a place that cannot be written to. So both are known before the
-    work. What killed runs left behind is removed first."""
+    unless `overwrite`, and inputs among them. With OSError a place that cannot be written to. So both are known before
+    the work. What killed runs left behind is removed first."""
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
         raise ValueError(f"{folder}: {'not a folder' if place == folder else f'{place} is not a folder'}")
@@ -53,8 +52,8 @@ def check_files_free(folder: Path, names: Iterable[str], inputs: Iterable[Path],
     for path in files:
         check_apart(path, inputs)
         _clean_up(path)
-    if there := [str(path) for path in files if path.is_dir() or (os.path.lexists(path) and not force)]:
-        raise ValueError(f"{', '.join(there)}: there already; --force replaces files")
+    if there := [str(path) for path in files if path.is_dir() or (os.path.lexists(path) and not overwrite)]:
+        raise ArgumentError(f"{', '.join(there)}: there already; ", Argument("overwrite"), " replaces files")
     _check_writable(place)
 
 

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from shira.adapter.adapter import Adapter, checksum_of
+from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits
+from shira.adapter.checksum import checksum_of
 from shira.model.claims import check_claim, claim
 from shira.model.names import first_names, resolve
 from shira.serving.arena import Arena, Kept, Key, Mix, Piece, Pieces, base_entries, offsets_of

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from shira.adapter.adapter import DTYPES, Adapter, AdapterTensor, checksum_of
+from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits, entries_of
+from shira.adapter.checksum import checksum_of
+from shira.adapter.tensor import DTYPES, AdapterTensor
 from shira.masks.calibrate import Loss, calibrate
 from shira.masks.choose import choose_entries
 from shira.masks.config import ShiraConfig

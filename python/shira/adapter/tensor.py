@@ -1,0 +1,82 @@
+"""What an adapter has of one tensor of a model: which entries it changes and to what."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+from shira.adapter.checksum import DIGITS
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterTensor:
+    """What an adapter has of one tensor of the model.
+
+    Attributes:
+        indices: [nnz] int32 or int64, flat row-major positions in the tensor, sorted and unique.
+        values: [nnz]. Of kind "replace" the new entries, in the tensor's dtype; of kind "add" what is added to the old
+            ones, in the tensor's dtype or float32.
+        shape: of the model's tensor.
+        dtype: of the model's tensor: float64, float32, bfloat16 or float16.
+        kind: "replace" or "add".
+        checksum: `checksum_of` the entries of the base that are changed, or None if they are not known.
+    """
+
+    indices: torch.Tensor
+    values: torch.Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str = "replace"
+    checksum: str | None = None
+
+    @property
+    def nnz(self) -> int:
+        """Number of entries."""
+        return self.indices.numel()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the model's tensor."""
+        return math.prod(self.shape)
+
+
+def check_tensor(name: str, tensor: AdapterTensor) -> None:
+    """Refuses with ValueError what an adapter cannot hold, naming the tensor and the field that is wrong."""
+
+    def refuse(field: str, message: str) -> None:
+        raise ValueError(f"{name}: {field} {message}")
+
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the name of a tensor must be a string that is not empty, got {name!r}")
+    if not isinstance(tensor, AdapterTensor):
+        raise ValueError(f"{name}: must be an AdapterTensor, got {type(tensor).__name__}")
+    if not isinstance(tensor.shape, tuple) or not all(type(size) is int and size >= 0 for size in tensor.shape):
+        refuse("shape", f"must be a tuple of sizes, got {tensor.shape!r}")
+    if tensor.dtype not in DTYPES:
+        refuse("dtype", f"must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.kind not in ("replace", "add"):
+        refuse("kind", f"must be 'replace' or 'add', got {tensor.kind!r}")
+    if tensor.checksum is not None and not (
+        isinstance(tensor.checksum, str) and re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", tensor.checksum)
+    ):
+        refuse("checksum", f"must be {DIGITS} hex digits or None, got {tensor.checksum!r}")
+    indices, values = tensor.indices, tensor.values
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        refuse("indices", f"must be 1-D int32 or int64, got {indices.dtype} {tuple(indices.shape)}")
+    if values.dtype != tensor.dtype and not (tensor.kind == "add" and values.dtype == torch.float32):
+        or_more = " or torch.float32" if tensor.kind == "add" else ""
+        refuse("values", f"must be {tensor.dtype}{or_more} in kind {tensor.kind!r}, got {values.dtype}")
+    if values.shape != indices.shape:
+        refuse("values", f"must be one per index, [{indices.numel()}], got {list(values.shape)}")
+    if not indices.numel() or indices.is_meta:  # a file's description has no entries to look at
+        return
+    if not bool((indices[1:] > indices[:-1]).all()):
+        refuse("indices", "must be sorted and unique")
+    first, last = int(indices[0]), int(indices[-1])
+    if first < 0 or last >= tensor.numel:
+        refuse("indices", f"must lie in [0, {tensor.numel}), got {first if first < 0 else last}")

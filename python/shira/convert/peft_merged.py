@@ -1,0 +1,242 @@
+"""Adapters of PEFT that are merged into the weights, such as LoRA and DoRA: PEFT itself does it, layer by layer.
+
+PEFT and transformers are imported when an adapter is read, not before.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shira.adapter.base import BaseTensors
+from shira.adapter.difference import Energies, changes
+from shira.adapter.tensor import AdapterTensor
+from shira.convert.source import CONFIG, WEIGHTS, json_object, peft_config
+from shira.files.checkpoint import Base, TensorFolder
+from shira.files.errors import warn
+from shira.files.progress import Progress
+from shira.model.names import canonical, first_names
+from shira_kernels.bits import as_bits
+
+# Model classes of transformers by PEFT's task types; without one the class that the base's config.json names.
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def read(folder: Path, base: Base, top: float | None, progress: Progress) -> tuple[dict[str, AdapterTensor], Energies]:
+    """Each layer of the adapter merged by PEFT, compared with what it was, and put back.
+
+    Returns tensors of kind "replace", and the energies of their changes. Raises and warns as `shira.convert.read` does.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    task = _checked_task(folder)
+    model = base if isinstance(base, nn.Module) else _model(base, task)
+    names = first_names(model)
+    weights = {name: parameter for parameter, name in names.items()}
+    found = _Changes(folder, top, None if isinstance(base, nn.Module) else BaseTensors(base))
+    # What the file has whole, such as biases and `modules_to_save`: PEFT may load it into the model itself.
+    file = TensorFolder(folder / WEIGHTS)
+    whole = {canonical(key): key for key in file if canonical(key) in weights}
+    users = Counter(names[parameter] for _, parameter in model.named_parameters(remove_duplicate=False))
+    merged: set[str] = set()
+    with _put_back(model, {name: weights[name] for name in whole}) as before:
+        tuned = _with_adapter(model, folder)
+        layers = [(name, layer) for name, layer in tuned.named_modules() if isinstance(layer, BaseTunerLayer)]
+        for name, key in whole.items():
+            weights[name].data.copy_(before[name])
+            found.add(name, before[name], file[key])
+        for done, (name, layer) in enumerate(layers):
+            progress(done, len(layers), canonical(name))
+            for parameter, new in _merged_layer(folder, name, layer):
+                if parameter not in names:
+                    raise ValueError(f"{folder}: merging {name} changes what is no weight of the model")
+                found.add(names[parameter], parameter.detach(), new)
+                users[names[parameter]] -= 1
+                merged.add(names[parameter])
+    tied = [name for name in found.tensors if name in merged and users[name] > 0]
+    if tied:
+        warn(f"{folder}: {tied[0]} is tied to another layer, which the adapter does not change but its merge does")
+    if not layers and not whole:
+        raise ValueError(f"{folder}: PEFT finds no layer of the model to merge this adapter into")
+    return found.tensors, found.energies
+
+
+@dataclass
+class _Changes:
+    """What merging an adapter changes, tensor by tensor."""
+
+    folder: Path
+    top: float | None
+    stored: BaseTensors | None  # of the base on disk, which may have fewer tensors than the model
+    tensors: dict[str, AdapterTensor] = field(default_factory=dict)
+    energies: Energies = field(default_factory=dict)
+
+    def add(self, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Compares a weight with what it is when the adapter is merged."""
+        tensor, energy = changes(name, old, new.to(old.dtype), self.top)
+        if tensor is None:
+            return
+        if name in self.tensors and not _same(self.tensors[name], tensor):
+            raise ValueError(f"{self.folder}: two parts of the adapter change {name}, and differently")
+        if self.stored is not None and name not in self.stored:
+            raise ValueError(f"{name}: the base has no tensor of this name")
+        self.tensors[name], self.energies[name] = tensor, energy
+
+
+def _same(one: AdapterTensor, other: AdapterTensor) -> bool:
+    return torch.equal(one.indices, other.indices) and torch.equal(as_bits(one.values), as_bits(other.values))
+
+
+def _checked_task(folder: Path) -> str | None:
+    """The task type of an adapter's config. Refuses with ValueError an adapter that PEFT cannot merge."""
+    import peft
+
+    if (kind := peft_config(folder)["peft_type"]) not in peft.PeftType.__members__:
+        raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is none that PEFT {peft.__version__} has")
+    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
+        config = peft.PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning:
+        raise ValueError(f"{folder}: an adapter of type {kind} changes no weights and cannot be merged")
+    task: str | None = config.task_type
+    return task
+
+
+@contextmanager
+def _put_back(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Gives what these weights hold, which they hold again at the end; and what required grad then does so again."""
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield before
+    finally:
+        for name, weight in weights.items():
+            weight.data.copy_(before[name])
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _with_adapter(model: nn.Module, folder: Path) -> Any:
+    """A model of PEFT with the adapter, all of which was loaded: modules of its own around the same parameters."""
+    import peft
+
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
+        tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model, shared), folder)
+        # It does not say which tensors it missed, or had no place for; loading the file once more does.
+        keys = tuned.load_adapter(folder, "default")
+    _check_all_loaded(folder / WEIGHTS, tuned, keys.missing_keys, keys.unexpected_keys)
+    return tuned
+
+
+@contextmanager
+def _as_value_errors(what: str) -> Iterator[None]:
+    """What PEFT and transformers raise for wrong configs and files, which they hardly check: ValueErrors, of a line."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (
+        ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError, RuntimeError, ImportError,
+        re.error, SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        text = textwrap.shorten(f"{type(error).__name__}: {error}", 280, placeholder=" ...")
+        raise ValueError(f"{what}: {text.removesuffix(':')}") from None
+
+
+def _check_all_loaded(file: Path, tuned: Any, missing: list[str], unexpected: list[str]) -> None:
+    """PEFT leaves what a file lacks as it began, mostly without effect, and drops what it has no place for."""
+    places = {name: parameter.data_ptr() for name, parameter in tuned.named_parameters(remove_duplicate=False)}
+    # One that layers share is in the file once.
+    found = {address for name, address in places.items() if name not in missing}
+    model = type(tuned.get_base_model()).__name__
+    if lacking := [name for name in missing if places.get(name) not in found]:
+        raise ValueError(f"{file}: it lacks {lacking[0]}{_and_more(lacking)}, which the adapter has in a {model}")
+    if unexpected:
+        raise ValueError(f"{file}: PEFT finds no place in a {model} for {unexpected[0]}{_and_more(unexpected)}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _merged_layer(folder: Path, name: str, layer: Any) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The weights of a layer, which hold what they did before, and what they are when the adapter is merged."""
+    parameters = dict(layer.get_base_layer().named_parameters(recurse=False))
+    held = [(parameter, parameter.data, parameter.detach().clone()) for parameter in parameters.values()]
+    try:
+        with _as_value_errors(f"{folder}: PEFT cannot merge {name}"):
+            layer.merge()
+        after = dict(layer.get_base_layer().named_parameters(recurse=False))  # of another layer, if PEFT exchanges it
+        if {f: p.shape for f, p in after.items()} != {f: p.shape for f, p in parameters.items()}:
+            raise ValueError(f"{folder}: merging {name} gives other parameters, not other values of them")
+        return [(parameter, after[field].detach().clone()) for field, parameter in parameters.items()]
+    finally:
+        for parameter, memory, old in held:
+            parameter.data = memory.copy_(old)
+
+
+def _model(base: Base, task: str | None) -> nn.Module:
+    """The base as a model of transformers, on the CPU and in its own dtype."""
+    import transformers
+
+    needed = "to merge a PEFT adapter the base must be a Hugging Face folder with config.json, or a model"
+    if not isinstance(base, (str, os.PathLike)):
+        raise ValueError(f"{needed}, got {type(base).__name__}")
+    os.stat(base)  # for the usual OSError, with errno and path
+    path = Path(base) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{base}: {needed}")
+    config = json_object(path)
+    if task in _CLASSES:
+        found = getattr(transformers, _CLASSES[task])
+    else:
+        found = _named_class(path, config.get("architectures"))
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # it has a long report, also of what is not used
+    try:
+        with _as_value_errors(f"{base}: transformers cannot load this model as {found.__name__}"):
+            model: nn.Module
+            model, report = found.from_pretrained(
+                base, dtype="auto", use_safetensors=True, local_files_only=True,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    for name, *shapes in sorted(report["mismatched_keys"]):
+        stored, wanted = map(tuple, shapes)
+        raise ValueError(f"{base}: {name} is {stored} in the file, but {wanted} by config.json")
+    return model
+
+
+def _named_class(path: Path, architectures: Any) -> Any:
+    """The first of a config's architectures, a class of transformers; AutoModel if it names none."""
+    import transformers
+
+    if not architectures:
+        return transformers.AutoModel
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise ValueError(f'{path}: "architectures" must be a list of names')
+    found = getattr(transformers, architectures[0], None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {architectures[0]!r}")
+    return found

@@ -1,0 +1,98 @@
+"""What it takes to read other tools' formats: the base's tensors, the adapter's as they are found, PEFT's config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shira.adapter.base import BaseTensors, entries_of
+from shira.adapter.checksum import checksum_of
+from shira.adapter.tensor import DTYPES, AdapterTensor
+from shira.files.checkpoint import Base
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"  # of PEFT
+
+
+class Weights:
+    """The base's tensors as these formats need them, by canonical name.
+
+    Args:
+        base: what the adapter was made for.
+        trusted: take its entries' checksums, since the formats have none.
+    """
+
+    def __init__(self, base: Base, *, trusted: bool = False) -> None:
+        self._tensors, self._trusted = BaseTensors(base), trusted
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise ValueError(f"{name}: the base has no tensor of this name")
+        weight = self._tensors[name]
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"{name}: the base's tensor must be floating point, got {weight.dtype}")
+        return weight
+
+    def tensor(
+        self, name: str, weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, kind: str
+    ) -> AdapterTensor:
+        """An adapter's tensor of positions in any order; that none is there twice is left to Adapter to check."""
+        indices, order = whole(name, indices).reshape(-1).sort()
+        if values.shape != order.shape:
+            raise ValueError(f"{name}: there are {order.numel()} indices, but values of shape {list(values.shape)}")
+        if indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < weight.numel():
+            raise ValueError(f"{name}: indices must lie in [0, {weight.numel()})")
+        checksum = checksum_of(entries_of(weight, indices)) if self._trusted else None
+        if weight.numel() < 2**31:
+            indices = indices.int()
+        return AdapterTensor(indices, values[order], tuple(weight.shape), weight.dtype, kind, checksum)
+
+
+class Found(Mapping[str, AdapterTensor]):
+    """The tensors of an adapter as they are found in a file, which must not have one twice."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._tensors = path, dict[str, AdapterTensor]()
+
+    def __setitem__(self, name: str, tensor: AdapterTensor) -> None:
+        if name in self._tensors:
+            raise ValueError(f"{self._path}: it has the tensor {name!r} twice")
+        self._tensors[name] = tensor
+
+    def __getitem__(self, name: str) -> AdapterTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def whole(name: str, positions: torch.Tensor) -> torch.Tensor:
+    """Positions as int64. Refuses with ValueError what is not a whole number."""
+    if not torch.equal(positions.long().to(positions.dtype), positions):
+        raise ValueError(f"{name}: positions must be whole numbers")
+    return positions.long()
+
+
+def peft_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder of PEFT. Raises ValueError, and OSError if it cannot be read."""
+    config = json_object(folder / CONFIG)
+    if not isinstance(config.get("peft_type"), str):
+        raise ValueError(f'{folder / CONFIG}: it must have "peft_type", a string')
+    return config
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises ValueError, and OSError if it cannot be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: it must be JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: it must be a JSON object")
+    return found
