@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Place, available_threads, replay
-from compare import compare as run_comparison
+from harness.compare import Place, available_threads, replay
+from harness.compare import compare as run_comparison
 
 CUDA = pytest.param(Place("cuda"), id="cuda", marks=pytest.mark.gpu)
 

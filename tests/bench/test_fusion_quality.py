@@ -1,8 +1,9 @@
-"""What could be wrong in bench/fusion_quality.py without anyone noticing: what is fused, unequal sizes, resuming."""
+"""What could be wrong in bench/studies/fusion without anyone noticing: what is fused, unequal sizes, resuming."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import benchmarks
 import pytest
 import torch
 
@@ -19,7 +19,7 @@ import shira
 
 @pytest.fixture(scope="module")
 def fusion() -> ModuleType:
-    return benchmarks.module("fusion_quality")
+    return importlib.import_module("studies.fusion.run")
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_a_pair_with_another_rate_than_the_best_is_done_again(
 
 
 def test_drop_and_its_share(fusion: ModuleType) -> None:
-    report = fusion.fusion_report
+    report = fusion.report
     row = report.Row(
         "LoRA",
         1,
@@ -222,7 +222,7 @@ def test_results_of_other_settings_are_refused(
     path = tmp_path / "results.json"
     fusion.Results(path, settings).write()
     assert set(json.loads(path.read_text())["header"]) == {"settings", "versions"}
-    monkeypatch.setattr(sys, "argv", ["fusion_quality.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["fusion", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         fusion.main()
     assert "belongs to other settings" in capsys.readouterr().err
@@ -231,7 +231,7 @@ def test_results_of_other_settings_are_refused(
 def test_a_report_needs_all_runs(
     fusion: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["fusion_quality.py", "--output", str(tmp_path), "--quick", "--report"])
+    monkeypatch.setattr(sys, "argv", ["fusion", "--output", str(tmp_path), "--quick", "--report"])
     with pytest.raises(SystemExit, match="2"):
         fusion.main()
     assert "runs are missing" in capsys.readouterr().err

@@ -1,9 +1,10 @@
-"""What could be wrong in bench/quality.py without anyone noticing: leaks between parts, unequal budgets, resuming."""
+"""What could be wrong in bench/studies/quality without anyone noticing: leaks, unequal budgets, resuming."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import sys
 from collections import Counter
@@ -11,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import benchmarks
 import pytest
 import torch
 
@@ -21,12 +21,12 @@ SMALL = ("peft", "networkx", "huggingface_hub")
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
-    return benchmarks.module("quality")
+    return importlib.import_module("studies.quality.run")
 
 
 @pytest.fixture(scope="module")
 def data(quality: ModuleType) -> ModuleType:
-    return quality.quality_data
+    return quality.texts
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_a_report_leaves_out_runs_of_entries_that_are_not_finished(
     _fake_runs(quality, results, results.missing())
     assert results.missing() == []
     assert len(results.left_out) == len(quality.METHODS) - len(single)
-    text = quality.quality_report.markdown(quality.quality_report.rows(results), results, False, "")
+    text = quality.report.markdown(quality.report.rows(results), results, False, "")
     assert "left out: SHiRA wm, runs of 8, " in text
 
 
@@ -271,7 +271,7 @@ def test_results_of_other_settings_are_refused(
     results.check_texts("a")
     with pytest.raises(quality.StudyError, match="other texts"):
         results.check_texts("b")
-    monkeypatch.setattr(sys, "argv", ["quality.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["quality", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         quality.main()
     assert capsys.readouterr().err.count("\n") == 1
@@ -288,14 +288,14 @@ def test_a_file_that_is_no_result_is_refused(quality: ModuleType, settings: Any,
 def test_wrong_arguments(
     quality: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["quality", *arguments])
     with pytest.raises(SystemExit, match="2"):
         quality.main()
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_difference_within_the_spread_is_called_that(quality: ModuleType) -> None:
-    report = quality.quality_report
+    report = quality.report
 
     def row(*test: float) -> Any:
         return report.Row("a", "shira", "wm", 1, 1e-3, {1e-3: 0.5}, list(test), 1, None)
