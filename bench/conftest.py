@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness.compare import Place, available_threads, replay
+from harness.compare import Place, replay
 from harness.compare import compare as run_comparison
+from harness.machine import available_threads
 
 CUDA = pytest.param(Place("cuda"), id="cuda", marks=pytest.mark.gpu)
 

@@ -21,21 +21,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness.compare import Place, Side, available_threads, cache_bytes
+from harness.architectures import Architecture, llama_shapes
+from harness.compare import Place, Side, assert_same_bits
+from harness.machine import available_threads, cache_bytes
 from harness.rotation import CACHE_TURNS, random_indices
-from harness.switching import (
-    LORA,
-    OURS,
-    SHIRA_PEFT,
-    Architecture,
-    assert_same_bits,
-    expected_of,
-    llama_shapes,
-    make_adapter,
-    make_lora,
-    make_model,
-    weights_of,
-)
+from harness.switching import LORA, OURS, SHIRA_PEFT, expected_of, make_adapter, make_lora, make_model, weights_of
 
 import shira
 from shira.masks import wm
@@ -150,7 +140,7 @@ class Ours:
 
     def check(self) -> None:
         for name, weight in self.weights.items():
-            assert_same_bits(name, weight, expected_of(weight, self.adapter[f"{name}.weight"]))
+            assert_same_bits(name, [weight], [expected_of(weight, self.adapter[f"{name}.weight"])])
 
 
 class Peft:

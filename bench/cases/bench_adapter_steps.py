@@ -19,14 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness.compare import Place, Side, available_threads
+from harness.architectures import LLAMA_7B_QUARTER, SDXL_ATTENTION, Architecture
+from harness.compare import Place, Side, assert_same_bits
+from harness.machine import available_threads
 from harness.switching import (
-    LLAMA_7B_QUARTER,
     LORA,
     OURS,
-    SDXL_ATTENTION,
-    Architecture,
-    assert_same_bits,
     base_of,
     check_merged,
     expected_of,
@@ -75,11 +73,11 @@ class Ours:
 
     def check_applied(self) -> None:
         for name, weight in self.weights.items():
-            assert_same_bits(name, weight, expected_of(weight, self.adapter[f"{name}.weight"]))
+            assert_same_bits(name, [weight], [expected_of(weight, self.adapter[f"{name}.weight"])])
 
     def check_reverted(self) -> dict[str, Any]:
         for name, weight in self.weights.items():
-            assert_same_bits(name, weight, base_of(weight))
+            assert_same_bits(name, [weight], [base_of(weight)])
         return {}
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases.bench_scatter_apply import (
+from harness.compare import Place, Side, assert_same_bits
+from harness.rotation import Slot, make_rotation
+from harness.scatter import (
     LORA_ADDMM,
     LORA_MATMUL,
     RANK,
     apply,
-    assert_same_bits,
     facts,
     lora_addmm,
     lora_bytes,
@@ -24,8 +25,6 @@ from cases.bench_scatter_apply import (
     scatter,
     sparse_bytes,
 )
-from harness.compare import Place, Side
-from harness.rotation import Slot, make_rotation
 
 DENSITY, WEIGHTS = 0.02, 10
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness.compare import Place, Side, cache_bytes
+from harness.compare import Place, Side
+from harness.machine import cache_bytes
 
 from shira_kernels import backends
 

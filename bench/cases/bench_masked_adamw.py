@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from cases.bench_scatter_apply import SHAPE, SMALL_LLAMA, facts
 from harness.compare import Place, Side
 from harness.rotation import Slot, make_rotation, touched_bytes
+from harness.scatter import SHAPE, SMALL_LLAMA, facts, forced_backends
 
-from shira_kernels import backends
-
+OP = "masked_adamw"
 masked_adamw = torch.ops.shira.masked_adamw
 DTYPES = ["float32", "bfloat16"]
 LR, BETA1, BETA2, EPS, DECAY = 1e-3, 0.9, 0.999, 1e-8, 0.01
@@ -127,26 +125,14 @@ def assert_same(got: Training, want: Training) -> None:
     assert not torch.equal(got.master, got.exp_avg)
 
 
-def forced(place: Place, bytes_moved: int, run: Callable[..., None]) -> dict[str, Side]:
-    """On a GPU, a side for each backend that can run the op there."""
-    sides = {}
-    for backend in ("triton", "cuda") if place.device == "cuda" else ():
-        try:
-            kernel = backends.kernel("masked_adamw", backend)
-        except RuntimeError:
-            continue
-        sides[f"masked_adamw ({backend})"] = Side(partial(run, op=kernel), bytes_moved)
-    return sides
-
-
 def case(compare: Callable[..., None], place: Place, dtype: str, shapes: list[tuple[int, int]], group: str) -> None:
     slots = make_rotation(shapes, getattr(torch, dtype), place.device, density=0.02)
     trainings = [training(slot, place.device, dense=False) for slot in slots]
     t = trainings[0]
     side = Side(ours, moved_bytes(t, t.slot.indices))
     sides = {
-        "masked_adamw": side,
-        **forced(place, side.bytes_moved, ours),
+        OP: side,
+        **forced_backends(place, OP, ours, side.bytes_moved),
         COMPACT: Side(fused_and_write, moved_bytes(t, t.slot.indices64)),
     }
 
@@ -159,7 +145,7 @@ def case(compare: Callable[..., None], place: Place, dtype: str, shapes: list[tu
 
     compare(
         sides,
-        ours="masked_adamw",
+        ours=OP,
         baselines=[COMPACT],
         slots=trainings,
         check=check,
@@ -189,8 +175,8 @@ def test_dense_gradient(compare: Callable[..., None], place: Place, dtype: str) 
     weight, touched = t.slot.weights[0], touched_bytes(t.slot)
     side = Side(ours_dense, moved_bytes(t, t.slot.indices) - t.grad.nbytes + touched)
     sides = {
-        "masked_adamw": side,
-        **forced(place, side.bytes_moved, ours_dense),
+        OP: side,
+        **forced_backends(place, OP, ours_dense, side.bytes_moved),
         MASKED: Side(masked_and_dense, 11 * weight.nbytes),
     }
 
@@ -204,7 +190,7 @@ def test_dense_gradient(compare: Callable[..., None], place: Place, dtype: str) 
 
     compare(
         sides,
-        ours="masked_adamw",
+        ours=OP,
         baselines=[MASKED],
         slots=trainings,
         check=check,

@@ -7,48 +7,40 @@ LoRA factors are all rotated, so every side meets all of its inputs cold.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from harness.compare import Place, Side
-from harness.rotation import (
-    SharedSlot,
-    Slot,
-    expected_touched_bytes,
-    make_rotation,
-    make_shared_rotation,
-    touched_bytes,
+from harness.compare import Place, Side, assert_same_bits
+from harness.rotation import SharedSlot, Slot, make_rotation, make_shared_rotation, touched_bytes
+from harness.scatter import (
+    LLAMA_7B_PART,
+    LORA_ADDMM,
+    LORA_MATMUL,
+    RANK,
+    SHAPE,
+    SMALL_LLAMA,
+    apply,
+    apply_batched,
+    facts,
+    forced_backends,
+    index_copy,
+    list_facts,
+    lora_addmm,
+    lora_bytes,
+    lora_matmul_add,
+    outcome,
+    scatter,
+    sparse_bytes,
+    switch,
+    switch_by_index_copy,
 )
-
-from shira_kernels import backends
 
 scatter_apply = torch.ops.shira.scatter_apply
 scatter_apply_batched = torch.ops.shira.scatter_apply_batched
-scatter_switch_batched = torch.ops.shira.scatter_switch_batched
 
 DTYPES = ["float32", "bfloat16"]
-SHAPE = (4096, 4096)
-RANK = 64
 KEEPING, ADDITIVE = "scatter_apply, old values kept", "scatter_apply, additive"
-LORA_ADDMM, LORA_MATMUL = f"LoRA addmm_, rank {RANK}", f"LoRA W += B @ A, rank {RANK}"
-
-
-def llama_shapes(hidden: int, intermediate: int, layers: int) -> list[tuple[int, int]]:
-    """[out, in] of the seven projections of each layer."""
-    attention = [(hidden, hidden)] * 4
-    feed_forward = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-    return (attention + feed_forward) * layers
-
-
-SMALL_LLAMA = llama_shapes(1024, 2816, layers=4)
-LLAMA_7B_PART = llama_shapes(4096, 11008, layers=4)
-
-
-def apply(slot: Slot, op: Callable[..., None] = scatter_apply) -> None:
-    for part in slot.parts:
-        op(part.weight, part.indices, part.values)
 
 
 def apply_keeping(slot: Slot) -> None:
@@ -59,99 +51,10 @@ def apply_additive(slot: Slot) -> None:
     scatter_apply(slot.weights[0], slot.indices, slot.values, 1.0, True)
 
 
-def apply_batched(slot: Slot, op: Callable[..., None] = scatter_apply_batched) -> None:
-    op(slot.weights, slot.offsets, slot.indices, slot.values)
-
-
-def index_copy(slot: Slot) -> None:
-    for part in slot.parts:
-        part.flat.index_copy_(0, part.indices64, part.values)
-
-
-# From the adapter of a shared slot's first list to that of the second; what the first saved is any numbers, its values.
-def switch(slot: SharedSlot, op: Callable[..., None] = scatter_switch_batched) -> None:
-    old, new = slot.lists
-    op(old.weights, old.offsets, old.indices, old.values, new.offsets, new.indices, new.values, new.saved)
-
-
 def switch_in_two_calls(slot: SharedSlot) -> None:
     old, new = slot.lists
     scatter_apply_batched(old.weights, old.offsets, old.indices, old.values)
     scatter_apply_batched(new.weights, new.offsets, new.indices, new.values, 1.0, False, new.saved)
-
-
-def switch_by_index_copy(slot: SharedSlot) -> None:
-    # The old entries are not kept: left out, in favour of the baseline.
-    for entries in slot.lists:
-        index_copy(entries)
-
-
-def scatter(slot: Slot) -> None:
-    for part in slot.parts:
-        part.flat.scatter_(0, part.indices64, part.values)
-
-
-def lora_addmm(slot: Slot) -> None:
-    for weight, (b, a) in zip(slot.weights, slot.lora, strict=True):
-        weight.addmm_(b, a)
-
-
-def lora_matmul_add(slot: Slot) -> None:
-    # PEFT also multiplies the product by its scaling: left out, in favour of the baseline.
-    for weight, (b, a) in zip(slot.weights, slot.lora, strict=True):
-        weight += b @ a
-
-
-def sparse_bytes(slot: Slot, *vectors: torch.Tensor) -> int:
-    """Bytes of one call: each touched line read and written, the values read, each of `vectors` read or written."""
-    return 2 * touched_bytes(slot) + slot.values.nbytes + sum(vector.nbytes for vector in vectors)
-
-
-def lora_bytes(slot: Slot, passes: int) -> int:
-    """Bytes of fusing LoRA: so many passes over the whole weights, and the factors."""
-    return passes * sum(weight.nbytes for weight in slot.weights) + sum(b.nbytes + a.nbytes for b, a in slot.lora)
-
-
-def list_facts(slot: Slot, dtype: str, density: float) -> dict[str, Any]:
-    return {
-        "dtype": dtype,
-        "nnz": slot.indices.numel(),
-        "density": density,
-        "weights": len(slot.weights),
-        "weight_bytes": sum(weight.nbytes for weight in slot.weights),
-        "touched_bytes": touched_bytes(slot),
-    }
-
-
-def facts(slots: list[Slot], dtype: str, density: float) -> dict[str, Any]:
-    return {**list_facts(slots[0], dtype, density), "expected_touched_bytes": expected_touched_bytes(slots[0])}
-
-
-def forced_backends(place: Place, op: str, run: Callable[..., None], bytes_moved: int) -> dict[str, Side]:
-    """On a GPU, a side for each backend that can run the op there; elsewhere none."""
-    forced = {}
-    for backend in ("triton", "cuda") if place.device == "cuda" else ():
-        try:
-            kernel = backends.kernel(op, backend)
-        except RuntimeError:
-            continue
-        forced[f"{op} ({backend})"] = Side(partial(run, op=kernel), bytes_moved)
-    return forced
-
-
-def outcome(side: Side, slot: Any) -> Any:
-    """A copy of the slot after one call."""
-    result = slot.copy()
-    with side.context():
-        side.run(result)
-    return result
-
-
-def assert_same_bits(name: str, got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
-    for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        bits = torch.int32 if g.element_size() == 4 else torch.int16
-        differ = (g.view(bits) != w.view(bits)).sum().item()
-        assert not differ, f"{name}: {differ} of {g.numel()} entries of weight {i} differ in their bits"
 
 
 def check_replacing(sides: dict[str, Side], names: list[str], slot: Slot, baseline: str = "index_copy_") -> None:

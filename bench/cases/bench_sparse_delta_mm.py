@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import pytest
 import torch
-from harness.compare import Place, Side, cache_bytes
+from harness.compare import Place, Side
+from harness.machine import cache_bytes
 from harness.rotation import CACHE_TURNS, random_indices
 from torch.nn import functional
 

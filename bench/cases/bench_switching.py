@@ -13,20 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from harness.compare import Place, Side, cache_bytes
+from harness.architectures import LLAMA_7B_PART, SMALL_LLAMA, Architecture, llama_shapes
+from harness.compare import Place, Side, assert_same_bits
+from harness.machine import cache_bytes
 from harness.rotation import CACHE_TURNS
 from harness.switching import (
-    LLAMA_7B_PART,
     LORA,
     OURS,
     SHIRA_PEFT,
-    SMALL_LLAMA,
-    Architecture,
-    assert_same_bits,
     base_of,
     check_merged,
     expected_of,
-    llama_shapes,
     make_adapter,
     make_lora,
     make_model,
@@ -65,18 +62,6 @@ def make_bank(
     return bank, weights_of(model)
 
 
-def facts(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    return {
-        "dtype": dtype,
-        "nnz": architecture.nnz,
-        "density": architecture.density,
-        "rank": architecture.rank,
-        "weights": len(architecture.shapes),
-        "weight_bytes": architecture.numel * getattr(torch, dtype).itemsize,
-        "cold": True,
-    }
-
-
 def switch_bytes(weights: dict[str, torch.Tensor], touched: int, old: shira.Adapter, new: shira.Adapter) -> int:
     """Bytes of ours from one adapter to another: the lines that hold an entry of either read and written once, the
     positions and kept values of the old one and the positions and values of the new one read, what it replaces kept."""
@@ -103,7 +88,8 @@ def check_switch(
         bank.switch(name)
         for layer, weight in weights.items():
             part = want.get(f"{layer}.weight")
-            assert_same_bits(f"{name}: {layer}", weight, expected_of(weight, part) if part else base_of(weight))
+            expected = expected_of(weight, part) if part else base_of(weight)
+            assert_same_bits(f"{name}: {layer}", [weight], [expected])
 
 
 def check_peft(lora: Any, shira_peft: Any, adapters: dict[str, shira.Adapter]) -> None:
@@ -160,7 +146,7 @@ def test_switch(compare: Callable[..., None], place: Place, dtype: str, architec
             place=place,
             group=f"From adapter A to B ({architecture}, cold)",
             label=f"{place}, {dtype}",
-            info=facts(architecture, dtype),
+            info=architecture.facts(dtype),
         )
 
 
@@ -211,8 +197,7 @@ def test_mix(compare: Callable[..., None], place: Place, dtype: str) -> None:
         check_mix(weights, adapters, first)
         forget(None)
         fresh.switch(first)
-        for layer, weight in weights.items():
-            assert_same_bits(layer, weight, fresh_weights[layer])
+        assert_same_bits("the first switch", list(fresh_weights.values()), list(weights.values()))
         lora.add_weighted_adapter(["blue", "paint"], list(first.values()), "mix", combination_type="cat")
         lora.merge_adapter(["mix"])
         check_merged(lora, "blue", "paint", strengths=tuple(first.values()))
@@ -241,7 +226,7 @@ def test_mix(compare: Callable[..., None], place: Place, dtype: str) -> None:
             place=place,
             group=f"Other weights for a mix of two ({architecture})",
             label=f"{place}, {dtype}",
-            info={**facts(architecture, dtype), "cold": False},
+            info={**architecture.facts(dtype), "cold": False},
         )
 
 
@@ -278,6 +263,6 @@ def test_registered(compare: Callable[..., None], place: Place) -> None:
         place=place,
         group=f"Many adapters beside the active one ({architecture}, warm)",
         label=f"{place}, float32",
-        info={**facts(architecture, "float32"), "cold": False},
+        info={**architecture.facts("float32"), "cold": False},
         calls=100,
     )

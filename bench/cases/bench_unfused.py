@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from harness.architectures import SMALL_LLAMA, Architecture
 from harness.compare import Place, Side
 from harness.rotation import random_indices
-from harness.switching import CHANGE, LORA, SMALL_LLAMA, Architecture, make_lora
+from harness.switching import CHANGE, LORA, make_lora
 from torch import nn
 
 import shira
@@ -115,18 +116,6 @@ def check_rows(model: Any, bank: shira.ResidentAdapters, names: list[str], lengt
         assert not torch.equal(base[i], want)
 
 
-def facts(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    return {
-        "dtype": dtype,
-        "nnz": architecture.nnz,
-        "density": architecture.density,
-        "rank": architecture.rank,
-        "weights": len(architecture.shapes),
-        "weight_bytes": architecture.numel * getattr(torch, dtype).itemsize,
-        "cold": True,
-    }
-
-
 def check_mixed(banks: Mapping[str, shira.ResidentAdapters], model: Any, names: list[str], peft: Any) -> None:
     for bank in banks.values():
         check_rows(model, bank, names, 3)
@@ -175,7 +164,7 @@ def test_mixed_batch(compare: Callable[..., None], place: Place, dtype: str, arc
             place=place,
             group="Mixed batch: a decode step of 8 rows, each with its own adapter",
             label=f"{place}, {dtype}, {architecture}",
-            info=facts(architecture, dtype),
+            info=architecture.facts(dtype),
         )
 
 
@@ -215,7 +204,7 @@ def test_fused_or_unfused(
             group="Fused or unfused: forwards that one adapter owns, its switches included",
             label=f"{place}, {rows} x {length} tokens, {steps} forwards",
             info={
-                **facts(architecture, "float32"),
+                **architecture.facts("float32"),
                 "tokens": rows * length * steps,
                 "forwards": steps,
             },

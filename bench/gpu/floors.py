@@ -19,9 +19,10 @@ from cases import (
     bench_fuse_adapters,
     bench_masked_adamw,
     bench_masked_grad,
-    bench_scatter_apply,
     bench_topk_indices,
 )
+from harness import scatter as ways
+from harness.compare import assert_same_bits
 from harness.rotation import cold_slots, make_rotation, make_shared_rotation, random_indices
 from torch.nn import functional
 
@@ -78,8 +79,8 @@ class Sizes:
 
     square: Shape = (4096, 4096)
     wide: Shape = (4096, 11008)
-    model: tuple[Shape, ...] = tuple(bench_scatter_apply.SMALL_LLAMA)
-    large: tuple[Shape, ...] = tuple(bench_scatter_apply.LLAMA_7B_PART)
+    model: tuple[Shape, ...] = tuple(ways.SMALL_LLAMA)
+    large: tuple[Shape, ...] = tuple(ways.LLAMA_7B_PART)
     scores: int = bench_topk_indices.NUMEL
     tokens: int = 4096  # of a training step
     prefill: int = 2048
@@ -110,16 +111,16 @@ def scatter(name: str, shape: Shape, dtype: torch.dtype, keep: bool) -> Case:
     def make(device: str) -> Job:
         slots = make_rotation([shape], dtype, device, density=0.02)
         slot = slots[0]
-        baselines = {"index_copy_": bench_scatter_apply.index_copy, "scatter_": bench_scatter_apply.scatter}
+        baselines = {"index_copy_": ways.index_copy, "scatter_": ways.scatter}
 
         def check() -> None:
             got, want = slot.copy(), slot.copy()
             run(torch.ops.shira.scatter_apply, got)
-            bench_scatter_apply.index_copy(want)
-            bench_scatter_apply.assert_same_bits("scatter_apply", got.weights, want.weights)
+            ways.index_copy(want)
+            assert_same_bits("scatter_apply", got.weights, want.weights)
             assert not torch.equal(want.weights[0], slot.weights[0])
             if keep:
-                bench_scatter_apply.assert_same_bits("saved", [got.saved], [slot.parts[0].flat[slot.indices64]])
+                assert_same_bits("saved", [got.saved], [slot.parts[0].flat[slot.indices64]])
 
         return Job(run, baselines, slots, check)
 
@@ -134,12 +135,12 @@ def batched_scatter(name: str, shapes: Sequence[Shape]) -> Case:
 
         def check() -> None:
             got, want = slots[0].copy(), slots[0].copy()
-            bench_scatter_apply.apply_batched(got)
-            bench_scatter_apply.index_copy(want)
-            bench_scatter_apply.assert_same_bits("scatter_apply_batched", got.weights, want.weights)
+            ways.apply_batched(got)
+            ways.index_copy(want)
+            assert_same_bits("scatter_apply_batched", got.weights, want.weights)
 
-        baselines = {f"{len(shapes)} x index_copy_": bench_scatter_apply.index_copy}
-        return Job(lambda op, slot: bench_scatter_apply.apply_batched(slot, op), baselines, slots, check)
+        baselines = {f"{len(shapes)} x index_copy_": ways.index_copy}
+        return Job(lambda op, slot: ways.apply_batched(slot, op), baselines, slots, check)
 
     return Case("scatter_apply_batched", name, moved, make)
 
@@ -153,12 +154,12 @@ def switch(name: str, shapes: Sequence[Shape]) -> Case:
 
         def check() -> None:
             got, want = slots[0].copy(), slots[0].copy()
-            bench_scatter_apply.switch(got)
-            bench_scatter_apply.switch_by_index_copy(want)
-            bench_scatter_apply.assert_same_bits("switch", got.lists[1].weights, want.lists[1].weights)
+            ways.switch(got)
+            ways.switch_by_index_copy(want)
+            assert_same_bits("switch", got.lists[1].weights, want.lists[1].weights)
 
-        baselines = {f"2 x {len(shapes)} x index_copy_": bench_scatter_apply.switch_by_index_copy}
-        return Job(lambda op, slot: bench_scatter_apply.switch(slot, op), baselines, slots, check)
+        baselines = {f"2 x {len(shapes)} x index_copy_": ways.switch_by_index_copy}
+        return Job(lambda op, slot: ways.switch(slot, op), baselines, slots, check)
 
     return Case("scatter_switch_batched", name, moved, make)
 

@@ -28,8 +28,8 @@ import gpu_records
 import torch
 from gpu import floors
 from harness import compare, rotation, switching
+from harness.architectures import Architecture, llama_shapes
 from harness.compare import Place, Side, Timings
-from harness.switching import Architecture, llama_shapes
 
 import shira
 
@@ -104,7 +104,7 @@ def switch(place: Place, record: Record) -> None:
         bank.switch(name)
         for layer in list(weights)[:7]:
             part = adapters[name][f"{layer}.weight"]
-            switching.assert_same_bits(layer, weights[layer], switching.expected_of(weights[layer], part))
+            compare.assert_same_bits(layer, [weights[layer]], [switching.expected_of(weights[layer], part)])
     there = cycle([partial(bank.switch, "b"), partial(bank.switch, "a")])
 
     # The op alone, on the same weights: what it writes need not be an adapter's.

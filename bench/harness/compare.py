@@ -7,8 +7,6 @@ rotation, so all sides meet the same kind of memory state.
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import random
 import statistics
 import time
@@ -18,10 +16,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness.machine import cache_bytes, cpu_name
 
 from shira_kernels import backends
 
@@ -72,33 +70,6 @@ _replayed: deque[float] = deque()
 def replay() -> float:
     """The timer that pytest-benchmark reads: it replays rounds already timed, so that they end up in its JSON."""
     return _replayed.popleft()
-
-
-def available_threads() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-@cache
-def cache_bytes(device: str) -> int:
-    """Size in bytes of the last cache before memory; 64 MiB where a CPU does not tell."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).L2_cache_size
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    texts = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=64 * 2**20)
-
-
-def line_bytes(device: str) -> int:
-    """The smallest piece of memory that is read and written: a CPU's cache line, a GPU's sector."""
-    return 32 if device == "cuda" else 64
 
 
 @dataclass(frozen=True)
@@ -196,6 +167,18 @@ def compare(
     for duration in timings[ours].total:
         _replayed.extend((0.0, duration))
     benchmark.pedantic(lambda: None, rounds=len(timings[ours].total))
+
+
+def assert_same_bits(name: str, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
+    """Tensors of 2 or 4 bytes an element.
+
+    Raises:
+        AssertionError: names the side, and says how many entries of which tensor differ.
+    """
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        bits = {2: torch.int16, 4: torch.int32}[w.element_size()]
+        differ = int((g.view(bits) != w.view(bits)).sum())
+        assert not differ, f"{name}: {differ} of {g.numel()} entries of tensor {i} differ in their bits"
 
 
 def kernels_run(side: Side, slot: Any) -> str:

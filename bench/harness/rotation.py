@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from harness.compare import cache_bytes, line_bytes
+from harness.machine import cache_bytes, line_bytes
 
 # A slot is met again only after this many times the cache has been touched.
 CACHE_TURNS = 2

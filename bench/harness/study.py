@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from harness.machine import cpu_name
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -127,20 +127,11 @@ def version(distribution: str) -> str:
 
 def conditions() -> dict[str, Any]:
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "precision": "bfloat16 autocast over float32 weights",
         "torch": torch.__version__,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def autocast() -> torch.autocast:

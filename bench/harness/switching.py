@@ -12,81 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness.compare import line_bytes
+from harness.architectures import Architecture, Shapes
+from harness.machine import line_bytes
 from harness.rotation import random_indices
 from torch import nn
 
 import shira
 from shira.adapter import checksum_of
 
-Shapes = Mapping[str, tuple[int, int]]  # name of a linear layer -> [out, in]
-
 OURS, LORA, SHIRA_PEFT = "SHiRA (ours)", "LoRA (PEFT)", "SHiRA (PEFT)"
 WEIGHT_STD = 0.02
 CHANGE = 0.01  # norm of an adapter's change over that of the weights
 # Weights repeat it: random enough to round like any others, and made at the speed of a copy. No power of two long.
 BLOCK = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).mul_(WEIGHT_STD)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The linear layers that are adapted, and the rank of the adapters."""
-
-    title: str
-    shapes: Shapes
-    rank: int
-
-    @property
-    def numel(self) -> int:
-        return sum(n * m for n, m in self.shapes.values())
-
-    @property
-    def nnz(self) -> int:
-        """Numbers in an adapter, of either kind."""
-        return sum(self.rank * (n + m) for n, m in self.shapes.values())
-
-    @property
-    def density(self) -> float:
-        return self.nnz / self.numel
-
-    @property
-    def targets(self) -> list[str]:
-        return sorted({name.rsplit(".", 1)[1] for name in self.shapes})
-
-    def __str__(self) -> str:
-        return f"{self.title}, {self.density:.2%}"
-
-
-def llama_shapes(hidden: int, intermediate: int, layers: int) -> Shapes:
-    """All seven projections of each layer."""
-    projections = {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (hidden, hidden)),
-        **dict.fromkeys(("gate_proj", "up_proj"), (intermediate, hidden)),
-        "down_proj": (hidden, intermediate),
-    }
-    return {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in projections.items()}
-
-
-def sdxl_attention_shapes() -> Shapes:
-    """All attention projections of SDXL's UNet: 560 weights, 955 million numbers.
-
-    Transformer blocks: 10 of width 640 (2 x 2 on the way down, 3 x 2 up) and 60 of width 1280 (2 x 10 down, 10 in the
-    middle, 3 x 10 up). Each attends to itself (attn1) and to the text (attn2), whose width is 2048.
-    """
-    shapes: dict[str, tuple[int, int]] = {}
-    for width, blocks in ((640, 10), (1280, 60)):
-        for i in range(blocks):
-            for attention, context in (("attn1", width), ("attn2", 2048)):
-                prefix = f"width_{width}.{i}.{attention}."
-                shapes |= {prefix + "to_q": (width, width), prefix + "to_out": (width, width)}
-                shapes |= {prefix + "to_k": (width, context), prefix + "to_v": (width, context)}
-    return shapes
-
-
-SMALL_LLAMA = Architecture("4 Llama layers, hidden 1024", llama_shapes(1024, 2816, 4), rank=7)
-LLAMA_7B_PART = Architecture("2 layers of a 7B Llama", llama_shapes(4096, 11008, 2), rank=26)
-LLAMA_7B_QUARTER = Architecture("8 of 32 layers of a 7B Llama", llama_shapes(4096, 11008, 8), rank=26)
-SDXL_ATTENTION = Architecture("SDXL's UNet attention", sdxl_attention_shapes(), rank=7)
 
 
 def make_model(shapes: Shapes, dtype: torch.dtype, device: str) -> nn.Module:
@@ -235,12 +173,6 @@ def expected_of(weight: torch.Tensor, tensor: shira.AdapterTensor) -> torch.Tens
     expected = base_of(weight)
     expected.view(-1)[tensor.indices.long().to(weight.device)] = tensor.values.to(weight.device)
     return expected
-
-
-def assert_same_bits(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
-    bits = {2: torch.int16, 4: torch.int32}[want.element_size()]
-    differ = int((got.view(bits) != want.view(bits)).sum())
-    assert not differ, f"{name}: {differ} of {got.numel()} entries differ in their bits"
 
 
 def check_merged(peft: Any, *names: str, strengths: tuple[float, ...] = (1.0,)) -> None:

@@ -22,6 +22,7 @@ def bench() -> Any:
         "cases.bench_adapter_steps",
         "cases.bench_dimensions",
         "cases.bench_switching",
+        "harness.architectures",
         "harness.compare",
         "harness.rotation",
         "harness.switching",
@@ -87,14 +88,14 @@ def test_a_wrong_weight_is_noticed(bench: Any, tiny: Any) -> None:
     weight.view(-1)[7] += 1
     assert sides.share_of_changed(weights) == 1 / tiny.numel
     with pytest.raises(AssertionError, match="1 of 4096"):
-        sides.assert_same_bits(name, weight, before)
+        bench.compare.assert_same_bits(name, [weight], [before])
     peft = sides.make_lora(sides.make_model(tiny.shapes, dtype, "cpu"), tiny, {"blue": 1})
     with pytest.raises(AssertionError):
         sides.check_merged(peft, "blue")  # not merged
 
 
 def test_sdxl_shapes_are_those_of_the_unet(bench: Any) -> None:
-    shapes = bench.switching.sdxl_attention_shapes()
+    shapes = bench.architectures.sdxl_attention_shapes()
     assert len(shapes) == 560
     assert sum(shape == (1280, 2048) for shape in shapes.values()) == 120
 

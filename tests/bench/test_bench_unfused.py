@@ -17,7 +17,11 @@ pytest.importorskip("peft", reason="peft is not installed")
 @pytest.fixture(scope="module")
 def bench() -> Any:
     return benchmarks.modules(
-        "cases.bench_sparse_delta_mm", "cases.bench_unfused", "harness.compare", "harness.switching"
+        "harness.architectures",
+        "cases.bench_sparse_delta_mm",
+        "cases.bench_unfused",
+        "harness.compare",
+        "harness.switching",
     )
 
 

@@ -14,7 +14,7 @@ def modules(*names: str) -> Any:
 
 
 def tiny_architecture(bench: Any) -> Any:
-    return bench.switching.Architecture("tiny", bench.switching.llama_shapes(64, 96, 1), rank=1)
+    return bench.architectures.Architecture("tiny", bench.architectures.llama_shapes(64, 96, 1), rank=1)
 
 
 def untimed(seen: dict[str, Any]) -> Callable[..., None]:

@@ -21,15 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import typer
-from harness.compare import cpu_name
+from harness import study
+from harness.architectures import Architecture, llama_shapes
+from harness.machine import cpu_name
 from harness.switching import (
     CHANGE,
     LORA,
     OURS,
     SHIRA_PEFT,
-    Architecture,
     base_of,
-    llama_shapes,
     make_adapter,
     make_lora,
     make_model,
@@ -230,23 +230,7 @@ def command(
 
 
 def main() -> None:
-    """Bad input ends with exit code 2 and one line on stderr."""
-    app = typer.Typer(add_completion=False)
-    app.command()(command)
-    usage_error = typer.BadParameter.mro()[1]
-    try:
-        app(standalone_mode=False, prog_name="drift")
-    except usage_error as error:
-        _fail(error.format_message())  # type: ignore[attr-defined]
-    except OSError as error:
-        _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-
-
-def _fail(message: str) -> None:
-    print(f"drift: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    study.main(command, "drift")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import study
 from harness.study import INK
+from studies.fusion.plan import DOMAINS, Results
 
 from shira.files.atomic import write_atomically
-
-if TYPE_CHECKING:
-    from studies.fusion.run import Results
 
 _COLOURS = {
     "LoRA": "#2f6fb5",
@@ -69,8 +67,6 @@ def means(improvements: Sequence[dict[str, float]]) -> list[float]:
 
 
 def rows(results: Results) -> list[Row]:
-    from studies.fusion.run import DOMAINS
-
     base = results.base
     found = []
     for method in results.methods:
@@ -219,8 +215,6 @@ def _paper() -> list[str]:
 
 
 def _tuning(results: Results) -> list[str]:
-    from studies.fusion.run import DOMAINS
-
     lines = [
         "## Tuning",
         "",

@@ -10,7 +10,6 @@ The paper does not say how its adapters were drawn; `draw` says how these are. S
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import typer
+from harness import study
+from harness.machine import cpu_name
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from studies.interference import report
@@ -200,7 +201,7 @@ def command(
     results = {
         "command": "python bench/studies/interference/run.py --output DIR" + " --quick" * quick,
         "draws": settings.draws,
-        "conditions": {"cpu": _cpu(), "threads": threads, "torch": torch.__version__},
+        "conditions": {"cpu": cpu_name(), "threads": threads, "torch": torch.__version__},
         "seconds": time.perf_counter() - began,
         "rows": rows,
     }
@@ -209,34 +210,8 @@ def command(
     console.print(f"{output / 'report.md'}", soft_wrap=True)
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
-    """Bad input ends with exit code 2 and one line on stderr."""
-    app = typer.Typer(add_completion=False)
-    app.command()(command)
-    usage_error = typer.BadParameter.mro()[1]
-    try:
-        code = app(standalone_mode=False, prog_name="interference")
-    except usage_error as error:
-        _fail(error.format_message())  # type: ignore[attr-defined]
-    except OSError as error:
-        _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str) -> None:
-    print(f"interference: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    study.main(command, "interference")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import study
 from harness.study import COLOURS, INK
+from studies.quality import texts
+from studies.quality.plan import Results
 
 from shira.files.atomic import write_atomically
-
-if TYPE_CHECKING:
-    from studies.quality.run import Results
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,6 @@ def write(results: Results, folder: Path, quick: bool, command: str) -> None:
 
 def markdown(table: list[Row], results: Results, quick: bool, command: str) -> str:
     """The report as Markdown."""
-    from studies.quality import texts
-
     settings, conditions = results.settings, results.conditions
     counts = dict(settings.per_package)
     classes = len(texts.PACKAGES)
@@ -176,8 +173,6 @@ def _same(numbers: Iterable[int]) -> int:
 
 
 def _conditions(results: Results, command: str, conditions: dict[str, Any], classes: int) -> list[str]:
-    from studies.quality import texts
-
     s = results.settings
     counts = dict(s.per_package)
     versions = ", ".join(f"{name} {version}" for name, version in results.header["versions"].items())
