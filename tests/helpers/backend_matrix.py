@@ -80,4 +80,10 @@ def each_backend_of(op: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", [_parameter(backend, op) for backend in chosen])
 
 
+def but_the_interpreter(each_backend: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """The same backends without Triton's interpreter, which takes too long for large inputs."""
+    chosen = [p for p in each_backend.args[1] if (p.values[0].name, p.values[0].device) != ("triton", "cpu")]
+    return pytest.mark.parametrize("backend", chosen)
+
+
 each_backend = each_backend_of("scatter_apply")
