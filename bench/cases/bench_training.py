@@ -49,11 +49,15 @@ def check(trainings: dict[str, Training], ids: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "place", [Place("cpu", 1), pytest.param(Place("cuda"), marks=pytest.mark.gpu)], ids=str, indirect=True
 )
-def test_training_step(compare: Callable[..., None], place: Place) -> None:
+def test_training_step(compare: Callable[..., None], place: Place, pytestconfig: pytest.Config) -> None:
     trainings = {name: make(place.device) for name, make in SIDES.items()}
     ids = batch(place.device)
-    peaks = {name: measured_peak(name, place.device) for name in SIDES}
-    assert peaks[FLOOR] < min(peak for name, peak in peaks.items() if name != FLOOR), "the floor takes the least memory"
+    # Between revisions only time is compared; a process for each side's memory would take most of it.
+    peaks = (
+        {} if pytestconfig.getoption("--packages-of") else {name: measured_peak(name, place.device) for name in SIDES}
+    )
+    others = [peak for name, peak in peaks.items() if name != FLOOR]
+    assert not peaks or peaks[FLOOR] < min(others), "the floor takes the least memory"
     weights = sum(p.nbytes for p in trainings[FLOOR].model.parameters())
     # The least that any side moves: the weights once forward, once backward.
     sides = {name: Side(training.step, 2 * weights) for name, training in trainings.items()}

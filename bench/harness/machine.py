@@ -11,8 +11,10 @@ import torch
 
 
 def available_threads() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use, or as many as OMP_NUM_THREADS says, if those are fewer."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cpus, int(wanted)) if wanted.isdecimal() and int(wanted) else cpus
 
 
 def cpu_name() -> str:
