@@ -66,7 +66,7 @@ class Ours:
         self.bank.remove("a")
 
     def bytes_moved(self) -> dict[str, int]:
-        """Of each step."""
+        """Bytes that each step moves."""
         entry, old = self.adapter.nnz * (4 + DTYPE.itemsize), self.adapter.nnz * DTYPE.itemsize
         writing = 2 * touched_bytes(self.weights, [self.adapter]) + entry + old
         return {"load": 2 * entry, "apply": writing, "revert": writing - old, "remove": 0}
@@ -108,7 +108,7 @@ class Lora:
         self.model = self.peft.unload()
 
     def bytes_moved(self) -> dict[str, int]:
-        """Of each step: both fusing and unfusing read and write the whole weights."""
+        """Bytes that each step moves: both fusing and unfusing read and write the whole weights."""
         factors = 4 * self.numbers
         writing = 2 * sum(weight.nbytes for weight in weights_of(self.model).values()) + factors
         return {"load": 2 * factors, "apply": writing, "revert": writing, "remove": 0}

@@ -77,7 +77,7 @@ def indexed_sum(slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check(slot: Slot) -> None:
-    """The same sums, but for torch's contracted operations and our last rounding."""
+    """Asserts that the sums agree, but for torch's contracted operations and our last rounding."""
     union, values = fused(slot)
     total = dense_sum(slot)
     rounding = torch.finfo(values.dtype).eps

@@ -104,7 +104,7 @@ def masked_and_dense(t: Training) -> None:
 
 
 def moved_bytes(t: Training, indices: torch.Tensor) -> int:
-    """Of one call: touched lines read and written, masters and moments too, indices and gradients read."""
+    """Bytes of one call: it reads and writes touched lines, masters and moments, and reads indices and gradients."""
     arenas = 2 * (t.master.nbytes + t.exp_avg.nbytes + t.exp_avg_sq.nbytes)
     return 2 * touched_bytes(t.slot) + arenas + t.grad.nbytes + indices.nbytes
 
@@ -116,7 +116,7 @@ def outcome(run: Callable[[Training], object], t: Training) -> Training:
 
 
 def assert_same(got: Training, want: Training) -> None:
-    """As torch to rounding, which contracts an operation where ours does not; weights are the masters, rounded."""
+    """Results agree with torch to rounding, since torch contracts an operation; weights are the rounded masters."""
     torch.testing.assert_close(got.master, want.master, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(got.exp_avg, want.exp_avg, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(got.exp_avg_sq, want.exp_avg_sq, rtol=1e-6, atol=1e-12)

@@ -243,7 +243,7 @@ def apply_by_eight_bytes(slot: Slot) -> None:
 @pytest.mark.parametrize("granularity", [8, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_aligned_runs(compare: Callable[..., None], place: Place, dtype: str, granularity: int) -> None:
-    """As many entries in runs of neighbours, against single entries and against index_copy_ of the same runs.
+    """Runs of neighbours against as many single entries, and against index_copy_ of the same runs.
 
     Aligned runs are elements of 8 bytes, and ResidentAdapters lists them so; the other variant has an index for each.
     """

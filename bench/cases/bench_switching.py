@@ -106,7 +106,7 @@ def check_peft(lora: Any, shira_peft: Any, adapters: dict[str, shira.Adapter]) -
 @pytest.mark.parametrize("architecture", [SMALL_LLAMA, LLAMA_7B_PART], ids=["small", "7b"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_switch(compare: Callable[..., None], place: Place, dtype: str, architecture: Architecture) -> None:
-    """From one to the other and back. Our models take turns, so many that each is met cold; PEFT has one of a kind."""
+    """Switches from one to the other and back. Enough of our models take turns that each is met cold; PEFT has one."""
     kind = getattr(torch, dtype)
     adapters = {name: make_adapter(architecture, kind, seed) for name, seed in SEEDS.items()}
     bank, weights = make_bank(architecture, kind, place.device, adapters)
@@ -234,7 +234,7 @@ def test_mix(compare: Callable[..., None], place: Place, dtype: str) -> None:
     "place", [Place("cpu", 1), pytest.param(Place("cuda"), marks=pytest.mark.gpu)], ids=str, indirect=True
 )
 def test_registered(compare: Callable[..., None], place: Place) -> None:
-    """The same two small adapters in a bank of 1000 and in one of 8: what the others cost a switch."""
+    """Times a switch between two small adapters in a bank of 1000 and in one of 8: what the others cost it."""
     kind, architecture = torch.float32, ONE_LAYER
     adapters = {name: make_adapter(architecture, kind, seed) for name, seed in SEEDS.items()}
     others = [make_adapter(architecture, kind, seed) for seed in range(3, 3 + FEW)]

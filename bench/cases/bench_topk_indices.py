@@ -26,7 +26,7 @@ DTYPES = ["bfloat16", "float32"]
 
 
 def check(score: torch.Tensor, k: int) -> None:
-    """As many as asked, sorted, unique, the values of torch.topk; of those at the threshold the first."""
+    """Asserts k sorted, unique indices with the values of torch.topk; of equals at the threshold the first win."""
     indices = topk_indices(score, k).long()
     assert indices.numel() == k
     assert bool((indices.diff() > 0).all())

@@ -75,7 +75,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of all cases."""
+    """The shapes and counts of all cases."""
 
     square: Shape = (4096, 4096)
     wide: Shape = (4096, 11008)
@@ -282,7 +282,7 @@ DELTA_DENSITY = 0.01
 
 
 def layers(shape: Shape, tokens: int, adapters: int, device: str, transposed: bool = False) -> list[Layer]:
-    """As many as cold needs. With `transposed` the tokens are [tokens, out]."""
+    """Makes as many layers as cold needs. With `transposed` the tokens are [tokens, out]."""
     rows, columns = shape
     generator = torch.Generator(device).manual_seed(0)
 

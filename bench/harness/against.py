@@ -2,7 +2,7 @@
 
 A round is a process for each side, which checks and times all selected cases; the sides take turns in going first. The
 ratio of a case is taken round by round: its time with the revision's packages over that with this tree's. The first
-baseline of each case is timed beside it: it is no part of the packages, so its own ratio shows the machine's noise.
+baseline of each case is timed beside it: it is not part of the packages, so its own ratio shows the machine's noise.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ LEGEND = """\
 - **overhead**: the time above that of the floor, a side that does only what all sides have to do.
 - **host**: on a GPU, the time until the call returned. The medians there are times on the device, which was kept busy
   while the call was prepared, so they do not contain it. **HOST-BOUND** marks a side whose host time is the longer one:
-  called again and again, it takes that long. "waits" marks a call that waits for the GPU: its host time is no cost.
+  called again and again, it takes that long. "waits" marks a call that waits for the GPU: its host time is not a cost.
 """
 
 # A call whose host time is this long has waited for what keeps the device busy (compare.GPU_HEAD_START_CYCLES, 5 ms at
@@ -83,8 +83,8 @@ class Case:
         return name in self.info["baselines"] and self.sides[name]["ratio"] < 1
 
     def host_ratio(self, name: str) -> float | None:
-        """Of calls that follow each other on a GPU, each as long as the longer of host and device: a side's over ours,
-        if the host's is the longer one for either."""
+        """A side's time over ours where calls follow each other on a GPU, each as long as its host's or device's time;
+        None where the device's is the longer one for both."""
         names = name, self.info["ours"]
         if not any(self.is_host_bound(side) for side in names):
             return None

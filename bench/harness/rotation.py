@@ -45,7 +45,7 @@ class Slot:
     parts: list[Entries]
 
     def copy(self, weights: list[torch.Tensor] | None = None) -> Slot:
-        """The same slot with `saved` of its own, and weights of its own or these."""
+        """Gives the slot again, with its own `saved`, and copies of the weights or the given ones."""
         weights = weights or [weight.clone() for weight in self.weights]
         parts = [
             replace(part, weight=weight, flat=weight.view(-1)) for part, weight in zip(self.parts, weights, strict=True)
@@ -75,7 +75,7 @@ def make_rotation(
     at_least: int = 1,
 ) -> list[Slot]:
     """Slots of weights of `shapes`, `density` of each weight listed: as many as given (1 is warm), or as cold needs,
-    but `at_least` so many."""
+    but no fewer than `at_least`."""
     generator = torch.Generator(device).manual_seed(0)
 
     def make() -> Slot:
@@ -93,7 +93,7 @@ def make_shared_rotation(
     density: float,
     granularities: Sequence[int],
 ) -> list[SharedSlot]:
-    """As many slots as cold needs; each has a list for each granularity, made of aligned runs of so many entries."""
+    """Makes as many slots as cold needs; each has one list for each granularity, of aligned runs of that length."""
     generator = torch.Generator(device).manual_seed(0)
 
     def make() -> SharedSlot:
@@ -105,7 +105,7 @@ def make_shared_rotation(
 
 
 def cold_slots(device: str, touched: float) -> int:
-    """How many slots make a rotation cold of which each call touches so many bytes."""
+    """How many slots make a rotation cold, where each call touches this number of bytes."""
     return 1 + math.ceil(CACHE_TURNS * cache_bytes(device) / touched)
 
 
@@ -168,7 +168,7 @@ def random_indices(numel: int, nnz: int, generator: torch.Generator) -> torch.Te
 
 
 def random_runs(numel: int, nnz: int, granularity: int, generator: torch.Generator) -> torch.Tensor:
-    """The same in aligned runs of `granularity` neighbours, which divides nnz and numel."""
+    """[nnz] int64, sorted, unique, in aligned runs of `granularity` neighbours, which divides nnz and numel."""
     assert nnz % granularity == numel % granularity == 0
     runs = random_indices(numel // granularity, nnz // granularity, generator) * granularity
     return (runs[:, None] + torch.arange(granularity, device=runs.device)).view(-1)
@@ -186,7 +186,7 @@ def touched_bytes(*lists: Slot) -> int:
 
 
 def expected_touched_bytes(slot: Slot) -> float:
-    """The same as an expectation for random entries: a line of n entries is touched with probability 1-(1-d)^n."""
+    """What `touched_bytes` is expected to be for random entries: 1-(1-d)^n of the lines of n entries are touched."""
     entries = line_bytes(slot.indices.device.type) / slot.weights[0].element_size()
     densities = [len(part.indices) / part.weight.numel() for part in slot.parts]
     return sum(w.nbytes * (1.0 - (1.0 - d) ** entries) for w, d in zip(slot.weights, densities, strict=True))

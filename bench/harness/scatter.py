@@ -73,7 +73,7 @@ def sparse_bytes(slot: Slot, *vectors: torch.Tensor) -> int:
 
 
 def lora_bytes(slot: Slot, passes: int) -> int:
-    """Bytes of fusing LoRA: so many passes over the whole weights, and the factors."""
+    """Bytes of fusing LoRA: `passes` over the whole weights, and the factors."""
     return passes * sum(weight.nbytes for weight in slot.weights) + sum(b.nbytes + a.nbytes for b, a in slot.lora)
 
 

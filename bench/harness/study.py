@@ -41,7 +41,7 @@ class Runs:
         header: what all runs depend on, in parts that are mappings.
 
     Raises:
-        StudyError: the file belongs to something else, or is no such file.
+        StudyError: the file belongs to something else, or is not such a file.
     """
 
     def __init__(self, path: Path, header: dict[str, dict[str, Any]]) -> None:
@@ -59,7 +59,7 @@ class Runs:
             header, self.runs = held["header"], held["runs"]
             self.digest, self.conditions = held["texts"], held["conditions"]
         except (ValueError, KeyError, TypeError) as error:
-            raise StudyError(f"{self.path} is no results.json of this command ({error})") from None
+            raise StudyError(f"{self.path} is not a results.json of this command ({error})") from None
         for field, value in self.header.items():
             if header.get(field) != value:
                 raise StudyError(

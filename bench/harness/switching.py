@@ -28,7 +28,7 @@ BLOCK = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).mul_(
 
 
 def make_model(shapes: Shapes, dtype: torch.dtype, device: str) -> nn.Module:
-    """The same weights each time."""
+    """A model of linear layers without a forward; its weights are the same each time."""
     model = nn.Module()
     for name, (n, m) in shapes.items():
         *path, last = name.split(".")

@@ -281,7 +281,7 @@ def test_results_of_other_settings_are_refused(
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"header": {}, "runs": []})])
 def test_a_file_that_is_no_result_is_refused(quality: ModuleType, settings: Any, tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(quality.StudyError, match=r"no results\.json of this command"):
+    with pytest.raises(quality.StudyError, match=r"not a results\.json of this command"):
         Results(tmp_path / "results.json", settings)
 
 

@@ -18,7 +18,7 @@ def tiny_architecture(bench: Any) -> Any:
 
 
 def untimed(seen: dict[str, Any]) -> Callable[..., None]:
-    """In place of the benchmarks' fixture `compare`: the check, then each side twice on each slot.
+    """Stands in for the benchmarks' fixture `compare`: it checks, then runs each side twice on each slot.
 
     seen: receives what the last case gave.
     """

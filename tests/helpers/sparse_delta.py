@@ -220,7 +220,7 @@ def run_batched(
 
 
 def mixed_masks(rows: int, columns: int, density: float) -> list[torch.Tensor]:
-    """Of three adapters, the last without any entry."""
+    """Masks of three adapters, the last without any entry."""
     return [
         random_mask(rows, columns, density),
         random_mask(rows, columns, density / 2, seed=1),
@@ -229,7 +229,7 @@ def mixed_masks(rows: int, columns: int, density: float) -> list[torch.Tensor]:
 
 
 def single_arguments(device: str = "cpu") -> dict[str, Any]:
-    """Of a delta [3, 4] with entries 1, 2, 3 at (0, 1), (0, 3), (2, 0), and two tokens."""
+    """Arguments for a delta [3, 4] with entries 1, 2, 3 at (0, 1), (0, 3), (2, 0), and two tokens."""
     return {
         "x": torch.arange(8.0, device=device).view(2, 4),
         "row_ptr": torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=device),

@@ -141,7 +141,7 @@ class Results(study.Runs):
         return min(tried, key=lambda lr: tried[lr])  # type: ignore[arg-type, return-value]
 
     def best_rates(self, method: Method) -> dict[str, float | None]:
-        """By domain."""
+        """The best learning rate of each domain's adapter, by domain."""
         return {d: self.best_lr(recipe, d) for recipe, d in zip(method.recipes, DOMAINS, strict=True)}
 
     def pair(self, method: Method, seed: int) -> dict[str, Any] | None:

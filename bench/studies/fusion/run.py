@@ -205,7 +205,7 @@ def run(plan: Base | Trial | Pair, results: Results, task: Task) -> dict[str, An
         return {"method": "base", "scores": _scores(task.model, task)}
     if isinstance(plan, Trial):
         trained = train(task, plan.recipe, plan.domain, plan.lr, settings.seeds[0], settings)
-        # What diverged loses against any number; NaN is no JSON.
+        # What diverged loses against any number; NaN is not JSON.
         validation = trained.validation if math.isfinite(trained.validation) else 99.0
         return {"recipe": plan.recipe.name, "domain": plan.domain, "lr": plan.lr, "validation": validation}
     rates = results.best_rates(plan.method)

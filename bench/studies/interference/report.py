@@ -183,7 +183,7 @@ def _conditions(results: dict[str, Any]) -> list[str]:
         "matrices in float32, where rounding alone makes a zero of one element in tens of millions.",
         "",
         f"{conditions['cpu']}, {conditions['threads']} thread, torch {conditions['torch']}, {results['seconds']:.0f} s "
-        "in all, which is no measurement of speed.",
+        "in all, which is not a measurement of speed.",
     ]
 
 

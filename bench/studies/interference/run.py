@@ -105,7 +105,7 @@ def draw(case: Case, seed: int) -> tuple[Delta, Delta]:
 
 
 def lora_rank(size: int, density: float) -> int:
-    """Of factors [size, rank] and [rank, size]: 20 % of them are density * size^2 numbers, or nearly."""
+    """The rank of factors [size, rank] and [rank, size] of which 20 % are density * size^2 numbers, or nearly."""
     return max(1, round(density * size / (2 * FACTOR_DENSITY)))
 
 

@@ -42,7 +42,7 @@ DORA_THINNER = r".*(attention\.self\.(query|key)|intermediate\.dense)"
 
 
 class Given(nn.Module):
-    """In place of the embeddings: the hidden states that the model is given."""
+    """Stands in for the embeddings and gives the hidden states that the model is given."""
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
         return inputs_embeds

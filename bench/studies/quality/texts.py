@@ -36,7 +36,7 @@ PACKAGES = {
     "peft": "peft",
 }
 SHARES = {"train": 0.55, "validation": 0.2, "test": 0.25}  # of the modules
-MODULE_DOCSTRINGS = 12  # at most so many of one module, so that no module fills a class
+MODULE_DOCSTRINGS = 12  # at most, of one module, so that none fills a class
 WORDS = range(8, 41)  # shorter docstrings are dropped, longer ones cut
 
 # Folders of copied projects, and of tests, which say "test" in every package.

@@ -28,7 +28,7 @@ Point = tuple[int, float, float, float]  # tokens; ratio of fused over unfused: 
 
 
 def points_of(benchmarks: list[dict[str, Any]]) -> dict[str, list[Point]]:
-    """By kind of block, in the order of tokens."""
+    """The points of each kind of block, in the order of tokens."""
     found: dict[str, list[Point]] = {"forwards of one token each": [], "one forward of all tokens": []}
     for benchmark in benchmarks:
         info = benchmark["extra_info"]
