@@ -38,7 +38,7 @@ test-versions:
 bench: $(BUILT)
 	mkdir -p $(RESULTS)
 	$(PY) -m pytest bench --benchmark-json=$(RESULTS)/bench.json $(BENCH_ARGS)
-	$(PY) bench/report.py $(RESULTS)/bench.json -o $(RESULTS)
+	$(PY) bench/harness/report.py $(RESULTS)/bench.json -o $(RESULTS)
 
 lint: $(BUILT)
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,9 @@
-"""Fixtures of the benchmarks: `place` (device and threads) and `compare`. See README.md."""
+"""Options and fixtures of the benchmarks: `place` (device and threads) and `compare`. See README.md."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Place, available_threads, replay
-from compare import compare as run_comparison
+from harness.against import compare_revision
+from harness.compare import Place, Side, replay
+from harness.compare import compare as run_comparison
+from harness.machine import available_threads
 
 CUDA = pytest.param(Place("cuda"), id="cuda", marks=pytest.mark.gpu)
 
@@ -24,9 +28,46 @@ def cpu_places() -> list[Any]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("shira").addoption(
+    group = parser.getgroup("shira")
+    group.addoption(
         "--bench-seconds", type=float, default=2.0, help="seconds of timed rounds per case (default: %(default)s)"
     )
+    group.addoption("--compare", metavar="REV", help="print the cases' ratios against the packages of a git revision")
+    group.addoption(
+        "--compare-rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="with --compare: processes of each side (%(default)s)",
+    )
+    # What --compare gives its processes: the tree whose packages they time.
+    group.addoption("--packages-of", metavar="DIR", help=argparse.SUPPRESS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not (folder := config.getoption("--packages-of")):
+        return
+    for name in ("shira_kernels", "shira"):
+        file = importlib.import_module(name).__file__
+        if Path(folder).resolve() not in Path(file or "").resolve().parents:
+            raise pytest.UsageError(f"{name} comes from {file}, not from {folder}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """With --compare the cases run in processes of their own, and none in this one."""
+    if not (revision := config.getoption("--compare")):
+        return None
+    here = Path(__file__).parent
+    paths = [config.invocation_params.dir / argument for argument in config.args]
+    for path in paths:
+        if not Path(str(path).partition("::")[0]).resolve().is_relative_to(here):
+            raise pytest.UsageError(f"--compare runs the cases of {here.name}/, not {path}")
+    options = ["--bench-seconds", str(config.getoption("--bench-seconds"))]
+    for option in ("-k", "-m"):
+        if value := config.getoption(option):
+            options += [option, value]
+    return compare_revision(revision, config.getoption("--compare-rounds"), [*options, *map(str, paths)])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,4 +92,12 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 def compare_fixture(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
     """`compare.compare` with pytest-benchmark, the time budget and the command line filled in."""
     benchmark.extra_info["command"] = f"python -m pytest {shlex.join(request.config.invocation_params.args)}"
-    return partial(run_comparison, benchmark, request.config.getoption("--bench-seconds"))
+    run = partial(run_comparison, benchmark, request.config.getoption("--bench-seconds"))
+    if not request.config.getoption("--packages-of"):
+        return run
+
+    def with_one_baseline(sides: dict[str, Side], *, ours: str, baselines: list[str], **rest: Any) -> None:
+        timed = {name: sides[name] for name in (ours, baselines[0])}
+        run(timed, ours=ours, baselines=baselines[:1], **rest)
+
+    return with_one_baseline

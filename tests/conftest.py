@@ -8,6 +8,7 @@ import signal
 import torch
 from cuda_errors import fail_at_a_cuda_error, pytest_runtest_logfinish  # noqa: F401
 from hypothesis import HealthCheck, settings
+from skips import pytest_terminal_summary  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -158,7 +158,7 @@ def smoke(setup: Setup) -> Iterator[Task]:
 def figures(setup: Setup) -> Iterator[Task]:
     known = {op for op, _ in ops()}
     for op in (*FIGURES_ORDER, *sorted(known - set(FIGURES_ORDER))):
-        command = [setup.python, "bench/gpu_figures.py", op, "--record", str(setup.out / "figures.jsonl")]
+        command = [setup.python, "bench/gpu/figures.py", op, "--record", str(setup.out / "figures.jsonl")]
         command += ["--environment", str(setup.out / "environment.json"), "--device", device(setup)]
         yield Task(op, command, 60.0, {"op": op}, may_take_longer=True)
 
@@ -258,7 +258,7 @@ def profiled(code: int, output: str) -> tuple[str, str]:
 def models(setup: Setup) -> Iterator[Task]:
     record = setup.out / "models.jsonl"
     for what in ("training", "switch", "layers"):
-        command = [setup.python, "bench/gpu_models.py", what, "--record", str(record), "--device", device(setup)]
+        command = [setup.python, "bench/gpu/models.py", what, "--record", str(record), "--device", device(setup)]
         yield Task(what, command, 120.0, {"tool": what}, may_take_longer=True)
     tool = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
     if tool is None or setup.rehearse:
@@ -270,7 +270,7 @@ def models(setup: Setup) -> Iterator[Task]:
     )
     for op in PROFILED:
         options = ["--metrics", metrics, "--csv", "--profile-from-start", "off", "--target-processes", "all"]
-        program = [setup.python, "bench/gpu_figures.py", op, "--profile", "--record", str(record)]
+        program = [setup.python, "bench/gpu/figures.py", op, "--profile", "--record", str(record)]
         yield Task(
             f"ncu {op}",
             [tool, *options, *program],

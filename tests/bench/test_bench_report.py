@@ -1,4 +1,4 @@
-"""bench/report.py on made-up results: what a GPU's figures must not hide."""
+"""bench/harness/report.py on made-up results: what a GPU's figures must not hide."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-import benchmarks
-
-report = benchmarks.module("report")
+from harness import report
 
 
 def side(median_us: float, host_us: float | None, ratio: float = 1.0) -> dict[str, Any]:

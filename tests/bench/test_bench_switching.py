@@ -1,7 +1,8 @@
-"""The switching benchmarks on tiny models: every case runs its checks and each side once; drift.py end to end."""
+"""The switching benchmarks on tiny models: every case runs its checks and each side once; the drift study."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -17,19 +18,25 @@ import torch
 @pytest.fixture(scope="module")
 def bench() -> Any:
     return benchmarks.modules(
-        "bench_adapter_file",
-        "bench_adapter_steps",
-        "bench_dimensions",
-        "bench_switching",
-        "compare",
-        "drift",
-        "switching_sides",
+        "cases.bench_adapter_file",
+        "cases.bench_adapter_steps",
+        "cases.bench_dimensions",
+        "cases.bench_switching",
+        "harness.architectures",
+        "harness.compare",
+        "harness.rotation",
+        "harness.switching",
     )
 
 
 @pytest.fixture(scope="module")
 def tiny(bench: Any) -> Any:
     return benchmarks.tiny_architecture(bench)
+
+
+@pytest.fixture(scope="module")
+def drift() -> ModuleType:
+    return importlib.import_module("studies.drift.run")
 
 
 @pytest.fixture
@@ -56,7 +63,7 @@ def test_registered(bench: Any, compare: Any, tiny: Any, monkeypatch: pytest.Mon
 
 
 def test_dimension(bench: Any, compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["rotation"], "cache_bytes", lambda _: 0)
+    monkeypatch.setattr(bench.rotation, "cache_bytes", lambda _: 0)
     bench.bench_dimensions.test_dimension(compare, bench.compare.Place("cpu"), "bfloat16", 64)
 
 
@@ -73,7 +80,7 @@ def test_steps(bench: Any, compare: Any, tiny: Any, tmp_path: Path) -> None:
 
 
 def test_a_wrong_weight_is_noticed(bench: Any, tiny: Any) -> None:
-    sides, dtype = bench.switching_sides, torch.bfloat16
+    sides, dtype = bench.switching, torch.bfloat16
     weights = sides.weights_of(sides.make_model(tiny.shapes, dtype, "cpu"))
     name, weight = next(iter(weights.items()))
     assert sides.share_of_changed(weights) == 0
@@ -81,20 +88,20 @@ def test_a_wrong_weight_is_noticed(bench: Any, tiny: Any) -> None:
     weight.view(-1)[7] += 1
     assert sides.share_of_changed(weights) == 1 / tiny.numel
     with pytest.raises(AssertionError, match="1 of 4096"):
-        sides.assert_same_bits(name, weight, before)
+        bench.compare.assert_same_bits(name, [weight], [before])
     peft = sides.make_lora(sides.make_model(tiny.shapes, dtype, "cpu"), tiny, {"blue": 1})
     with pytest.raises(AssertionError):
         sides.check_merged(peft, "blue")  # not merged
 
 
 def test_sdxl_shapes_are_those_of_the_unet(bench: Any) -> None:
-    shapes = bench.switching_sides.sdxl_attention_shapes()
+    shapes = bench.architectures.sdxl_attention_shapes()
     assert len(shapes) == 560
     assert sum(shape == (1280, 2048) for shape in shapes.values()) == 120
 
 
 def test_touched_lines_are_counted_once(bench: Any, tiny: Any) -> None:
-    sides = bench.switching_sides
+    sides = bench.switching
     weights = sides.weights_of(sides.make_model(tiny.shapes, torch.float32, "cpu"))
     adapter = sides.make_adapter(tiny, torch.float32, 1)
     lines = {
@@ -105,27 +112,26 @@ def test_touched_lines_are_counted_once(bench: Any, tiny: Any) -> None:
     assert sides.touched_bytes(weights, [adapter]) == sides.touched_bytes(weights, [adapter] * 2) == 64 * len(lines)
 
 
-def test_drift_end_to_end(bench: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.drift, "ARCHITECTURE", tiny)
+def test_drift_end_to_end(drift: ModuleType, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "ARCHITECTURE", tiny)
     threads = torch.get_num_threads()
     try:
-        bench.drift.command(tmp_path, quick=True)
+        drift.command(tmp_path, quick=True)
     finally:
         torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert len(rows) == 3 * 2 * sum(map(len, bench.drift.QUICK_ROUNDS.values()))
+    assert len(rows) == 3 * 2 * sum(map(len, drift.QUICK_ROUNDS.values()))
     for row in rows:
-        assert (row["changed"] == row["largest"] == 0) == (row["method"] == bench.drift.OURS), row
+        assert (row["changed"] == row["largest"] == 0) == (row["method"] == drift.OURS), row
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
     assert "Made with --quick" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--output", "x", "--other"]])
 def test_drift_refuses_wrong_arguments(
-    bench: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    drift: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    drift: ModuleType = bench.drift
-    monkeypatch.setattr(sys, "argv", ["drift.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["drift", *arguments])
     with pytest.raises(SystemExit, match="2"):
         drift.main()
     assert capsys.readouterr().err.count("\n") == 1

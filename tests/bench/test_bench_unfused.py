@@ -16,7 +16,13 @@ pytest.importorskip("peft", reason="peft is not installed")
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    return benchmarks.modules("bench_sparse_delta_mm", "bench_unfused", "compare", "switching_sides")
+    return benchmarks.modules(
+        "harness.architectures",
+        "cases.bench_sparse_delta_mm",
+        "cases.bench_unfused",
+        "harness.compare",
+        "harness.switching",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +146,7 @@ def test_a_mixed_batch_of_one_lora_is_noticed(bench: Any, tiny: Any) -> None:
     module = bench.bench_unfused
     names = [str(i) for i in range(module.ROWS)]
     model = module.make_llama(tiny, torch.float32, "cpu")
-    lora = bench.switching_sides.make_lora(
+    lora = bench.switching.make_lora(
         module.make_llama(tiny, torch.float32, "cpu"), tiny, {name: int(name) for name in names}
     ).eval()
 

@@ -1,8 +1,9 @@
-"""What could be wrong in bench/fusion_quality.py without anyone noticing: what is fused, unequal sizes, resuming."""
+"""What could be wrong in bench/studies/fusion without anyone noticing: what is fused, unequal sizes, resuming."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -10,21 +11,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import benchmarks
 import pytest
 import torch
+from studies.fusion.plan import DOMAINS, METHODS, QUICK, Pair, Recipe, Results, Trial
 
 import shira
 
 
 @pytest.fixture(scope="module")
 def fusion() -> ModuleType:
-    return benchmarks.module("fusion_quality")
+    return importlib.import_module("studies.fusion.run")
 
 
 @pytest.fixture(scope="module")
 def settings(fusion: ModuleType) -> Any:
-    return dataclasses.replace(fusion.QUICK, steps=1, batch=1)
+    return dataclasses.replace(QUICK, steps=1, batch=1)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def task(fusion: ModuleType) -> Iterator[Any]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield fusion.Task(base.load_base(), {domain: fusion.Text(part(), part(), part()) for domain in fusion.DOMAINS})
+    yield fusion.Task(base.load_base(), {domain: fusion.Text(part(), part(), part()) for domain in DOMAINS})
     torch.set_num_threads(threads)
 
 
@@ -49,9 +50,9 @@ def pairs(fusion: ModuleType, task: Any, settings: Any) -> dict[str, dict[str, A
     return {
         method.name: {
             domain: fusion.train(task, recipe, domain, 3e-2, 0, settings)
-            for recipe, domain in zip(method.recipes, fusion.DOMAINS, strict=True)
+            for recipe, domain in zip(method.recipes, DOMAINS, strict=True)
         }
-        for method in fusion.METHODS
+        for method in METHODS
     }
 
 
@@ -76,7 +77,7 @@ def test_no_adapter_is_trained_twice(
     fusion: ModuleType, task: Any, pairs: dict[str, dict[str, Any]], settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fusion, "_fit", None)
-    first = fusion.train(task, fusion.Recipe("wm"), "cpp", 3e-2, 0, settings)
+    first = fusion.train(task, Recipe("wm"), "cpp", 3e-2, 0, settings)
     assert first is pairs["SHiRA wm, overlapping"]["cpp"] is pairs["SHiRA wm, non-overlapping"]["cpp"]
 
 
@@ -161,23 +162,23 @@ def test_an_interrupted_command_goes_on(
     better = {"cpp": 1.5, "prose": 1.5}
     monkeypatch.setattr(fusion, "train", _fake_trained(fusion, done))
     monkeypatch.setattr(fusion, "load_task", lambda _: task)
-    monkeypatch.setattr(fusion, "applied", lambda *_: [(state, None) for state in fusion.states(fusion.QUICK)])
+    monkeypatch.setattr(fusion, "applied", lambda *_: [(state, None) for state in fusion.states(QUICK)])
     monkeypatch.setattr(fusion, "_scores", lambda model, _: better if model is None else score)
     with pytest.raises(KeyboardInterrupt):
         fusion.command(tmp_path, quick=True)
     fusion.command(tmp_path, quick=True)
-    pairs = [pair for method in fusion.METHODS for pair in zip(method.recipes, fusion.DOMAINS, strict=True)]
+    pairs = [pair for method in METHODS for pair in zip(method.recipes, DOMAINS, strict=True)]
     trials = sum(len(recipe.learning_rates) for recipe, _ in set(pairs))
     assert all(lr == recipe.learning_rates[1] for recipe, _, lr, _ in done[trials + 1 :])
-    assert len(done) == trials + 1 + 2 * len(fusion.METHODS) * len(fusion.QUICK.seeds)
+    assert len(done) == trials + 1 + 2 * len(METHODS) * len(QUICK.seeds)
     assert (tmp_path / "fusion.png").read_bytes().startswith(b"\x89PNG")
     assert "numbers mean nothing" in (tmp_path / "report.md").read_text()
     assert "NaN" not in (tmp_path / "results.json").read_text()
 
 
 def test_every_adapter_tries_as_many_learning_rates(fusion: ModuleType, settings: Any, tmp_path: Path) -> None:
-    plans = fusion.Results(tmp_path / "results.json", settings).missing()
-    tried = [(plan.recipe, plan.domain) for plan in plans if isinstance(plan, fusion.Trial)]
+    plans = Results(tmp_path / "results.json", settings).missing()
+    tried = [(plan.recipe, plan.domain) for plan in plans if isinstance(plan, Trial)]
     assert len({tried.count(key) for key in tried}) == 1
     assert len(set(tried)) == 9  # wm's C++ adapter is that of both its methods
     assert len(set(map(str, plans))) == len(plans)
@@ -187,22 +188,20 @@ def test_a_pair_with_another_rate_than_the_best_is_done_again(
     fusion: ModuleType, settings: Any, tmp_path: Path
 ) -> None:
     """As when a learning rate was added to the trials, and won."""
-    results = fusion.Results(tmp_path / "results.json", settings)
-    method = fusion.METHODS[0]
-    results.add(
-        {"method": method.name, "seed": 0, "lr": dict.fromkeys(fusion.DOMAINS, method.recipes[0].learning_rates[0])}
-    )
-    for recipe, domain in zip(method.recipes, fusion.DOMAINS, strict=True):
-        assert fusion.Pair(method, 0) in results.missing()
+    results = Results(tmp_path / "results.json", settings)
+    method = METHODS[0]
+    results.add({"method": method.name, "seed": 0, "lr": dict.fromkeys(DOMAINS, method.recipes[0].learning_rates[0])})
+    for recipe, domain in zip(method.recipes, DOMAINS, strict=True):
+        assert Pair(method, 0) in results.missing()
         for lr in recipe.learning_rates:
             results.add({"recipe": recipe.name, "domain": domain, "lr": lr, "validation": 2 + lr})
-    assert fusion.Pair(method, 0) not in results.missing()
+    assert Pair(method, 0) not in results.missing()
     results.runs[-1]["validation"] = 1.0
-    assert fusion.Pair(method, 0) in results.missing()
+    assert Pair(method, 0) in results.missing()
 
 
 def test_drop_and_its_share(fusion: ModuleType) -> None:
-    report = fusion.fusion_report
+    report = fusion.report
     row = report.Row(
         "LoRA",
         1,
@@ -220,9 +219,9 @@ def test_results_of_other_settings_are_refused(
     fusion: ModuleType, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     path = tmp_path / "results.json"
-    fusion.Results(path, settings).write()
+    Results(path, settings).write()
     assert set(json.loads(path.read_text())["header"]) == {"settings", "versions"}
-    monkeypatch.setattr(sys, "argv", ["fusion_quality.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["fusion", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         fusion.main()
     assert "belongs to other settings" in capsys.readouterr().err
@@ -231,7 +230,7 @@ def test_results_of_other_settings_are_refused(
 def test_a_report_needs_all_runs(
     fusion: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["fusion_quality.py", "--output", str(tmp_path), "--quick", "--report"])
+    monkeypatch.setattr(sys, "argv", ["fusion", "--output", str(tmp_path), "--quick", "--report"])
     with pytest.raises(SystemExit, match="2"):
         fusion.main()
     assert "runs are missing" in capsys.readouterr().err

@@ -1,21 +1,21 @@
-"""bench/interference.py: whether its adapters are those that its report describes."""
+"""bench/studies/interference: whether its adapters are those that its report describes."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import benchmarks
 import pytest
 import torch
 
 
 @pytest.fixture(scope="module")
 def interference() -> ModuleType:
-    return benchmarks.module("interference")
+    return importlib.import_module("studies.interference.run")
 
 
 @pytest.mark.parametrize("density", [0.01, 0.02])
@@ -61,7 +61,7 @@ def test_measures_are_those_of_the_dense_matrices(interference: ModuleType, desi
 
 
 def run(interference: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
-    monkeypatch.setattr(sys, "argv", ["interference.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["interference", *map(str, arguments)])
     threads = torch.get_num_threads()
     try:
         with pytest.raises(SystemExit) as stopped:

@@ -1,9 +1,10 @@
-"""What could be wrong in bench/quality.py without anyone noticing: leaks between parts, unequal budgets, resuming."""
+"""What could be wrong in bench/studies/quality without anyone noticing: leaks, unequal budgets, resuming."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import sys
 from collections import Counter
@@ -11,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import benchmarks
 import pytest
 import torch
+from studies.quality.plan import METHODS, QUICK, Planned, Results
 
 COUNTS = {"train": 6, "validation": 3, "test": 3}
 SMALL = ("peft", "networkx", "huggingface_hub")
@@ -21,12 +22,12 @@ SMALL = ("peft", "networkx", "huggingface_hub")
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
-    return benchmarks.module("quality")
+    return importlib.import_module("studies.quality.run")
 
 
 @pytest.fixture(scope="module")
 def data(quality: ModuleType) -> ModuleType:
-    return quality.quality_data
+    return quality.texts
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def parts(data: ModuleType, tokenizer: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def settings(quality: ModuleType) -> Any:
-    return dataclasses.replace(quality.QUICK, subset=4)
+    return dataclasses.replace(QUICK, subset=4)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_all_adapters_train_equally_many_numbers(quality: ModuleType, task: Any,
     expected = 3 * settings.rank * (4 * 2 * 384 + 2 * (384 + 1536))
     rows = quality.draw(task.parts["train"], settings, 0)
     kinds = Counter()
-    for method in quality.METHODS:
+    for method in METHODS:
         if method.kind not in ("lora", "dora", "shira"):
             continue
         kinds[method.kind] += 1
@@ -164,7 +165,7 @@ def test_a_draw_is_balanced_and_differs_by_seed(quality: ModuleType, task: Any, 
 def test_a_run_trains_and_the_tested_model_is_the_trained_one(
     quality: ModuleType, task: Any, settings: Any, name: str
 ) -> None:
-    (method,) = [method for method in quality.METHODS if method.name == name]
+    (method,) = [method for method in METHODS if method.name == name]
     torch.manual_seed(0)
     model = quality.Classifier(copy.deepcopy(task.encoder), task.classes).eval()
     before = {key: tensor.clone() for key, tensor in task.encoder.state_dict().items()}
@@ -203,31 +204,31 @@ def test_finished_runs_are_skipped_and_the_best_rate_is_used(
     quality: ModuleType, settings: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "results.json"
-    results = quality.Results(path, settings)
+    results = Results(path, settings)
     every = results.missing()
-    assert len(every) == len(quality.METHODS) * (4 + len(settings.seeds) - 1)
+    assert len(every) == len(METHODS) * (4 + len(settings.seeds) - 1)
     _fake_runs(quality, results, every[:4])
-    resumed = quality.Results(path, settings)
+    resumed = Results(path, settings)
     assert resumed.runs == results.runs
     method = every[0].method
     missing = resumed.missing()
-    assert missing[0] == quality.Planned(method, settings.seeds[1], method.learning_rates[1])
+    assert missing[0] == Planned(method, settings.seeds[1], method.learning_rates[1])
     _fake_runs(quality, resumed, missing)
-    assert quality.Results(path, settings).missing() == []
+    assert Results(path, settings).missing() == []
 
 
 def test_a_report_leaves_out_runs_of_entries_that_are_not_finished(
     quality: ModuleType, settings: Any, tmp_path: Path
 ) -> None:
-    results = quality.Results(tmp_path / "results.json", settings)
-    single = [method for method in quality.METHODS if method.granularity == 1]
+    results = Results(tmp_path / "results.json", settings)
+    single = [method for method in METHODS if method.granularity == 1]
     _fake_runs(quality, results, [plan for plan in results.missing() if plan.method in single[1:]])
     results.leave_out_unfinished_runs()
     assert {plan.method for plan in results.missing()} == {single[0]}  # without it there is no report
     _fake_runs(quality, results, results.missing())
     assert results.missing() == []
-    assert len(results.left_out) == len(quality.METHODS) - len(single)
-    text = quality.quality_report.markdown(quality.quality_report.rows(results), results, False, "")
+    assert len(results.left_out) == len(METHODS) - len(single)
+    text = quality.report.markdown(quality.report.rows(results), results, False, "")
     assert "left out: SHiRA wm, runs of 8, " in text
 
 
@@ -255,7 +256,7 @@ def test_an_interrupted_command_goes_on(
         quality.command(tmp_path, quick=True)
     finally:
         torch.set_num_threads(threads)
-    assert len(done) == len(set(done)) == len(quality.METHODS) * 5
+    assert len(done) == len(set(done)) == len(METHODS) * 5
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "numbers mean nothing" in (tmp_path / "report.md").read_text()
 
@@ -264,14 +265,14 @@ def test_results_of_other_settings_are_refused(
     quality: ModuleType, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     path = tmp_path / "results.json"
-    quality.Results(path, settings).write()
+    Results(path, settings).write()
     with pytest.raises(quality.StudyError, match="other settings: steps 2, now 320"):
-        quality.Results(path, dataclasses.replace(settings, steps=320))
-    results = quality.Results(path, settings)
+        Results(path, dataclasses.replace(settings, steps=320))
+    results = Results(path, settings)
     results.check_texts("a")
     with pytest.raises(quality.StudyError, match="other texts"):
         results.check_texts("b")
-    monkeypatch.setattr(sys, "argv", ["quality.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["quality", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         quality.main()
     assert capsys.readouterr().err.count("\n") == 1
@@ -280,22 +281,22 @@ def test_results_of_other_settings_are_refused(
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"header": {}, "runs": []})])
 def test_a_file_that_is_no_result_is_refused(quality: ModuleType, settings: Any, tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(quality.StudyError, match=r"no results\.json of this command"):
-        quality.Results(tmp_path / "results.json", settings)
+    with pytest.raises(quality.StudyError, match=r"not a results\.json of this command"):
+        Results(tmp_path / "results.json", settings)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--output", "x", "--threads", "0"], ["--output", "x", "--other"]])
 def test_wrong_arguments(
     quality: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["quality", *arguments])
     with pytest.raises(SystemExit, match="2"):
         quality.main()
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_difference_within_the_spread_is_called_that(quality: ModuleType) -> None:
-    report = quality.quality_report
+    report = quality.report
 
     def row(*test: float) -> Any:
         return report.Row("a", "shira", "wm", 1, 1e-3, {1e-3: 0.5}, list(test), 1, None)

@@ -22,7 +22,7 @@ class Backend:
 
     @property
     def kernel(self) -> str:
-        """As `backends.calls` names it."""
+        """The name that `backends.calls` gives it."""
         return f"{self.name}/{self.isa}" if self.isa else self.name
 
     def missing(self, op: str = "scatter_apply") -> str:
@@ -41,7 +41,7 @@ class Backend:
 
     @contextlib.contextmanager
     def running(self, times: int = 1) -> Iterator[None]:
-        """Runs ops on this backend, and asserts that its kernel, and no other, ran so many times."""
+        """Runs ops on this backend, and asserts that its kernel ran this number of times, and no other."""
         before = backends.calls()
         with backends.use(self.name, isa=self.isa):
             yield
@@ -78,6 +78,12 @@ def each_backend_of(op: str) -> pytest.MarkDecorator:
     }
     chosen = [backend for backend in BACKENDS if own.get(backend.kernel, True)]
     return pytest.mark.parametrize("backend", [_parameter(backend, op) for backend in chosen])
+
+
+def but_the_interpreter(each_backend: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """Leaves out Triton's interpreter, which takes too long for large inputs."""
+    chosen = [p for p in each_backend.args[1] if (p.values[0].name, p.values[0].device) != ("triton", "cpu")]
+    return pytest.mark.parametrize("backend", chosen)
 
 
 each_backend = each_backend_of("scatter_apply")

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-BENCH = str(Path(__file__).parents[2] / "bench")
-
-
-def module(name: str) -> Any:
-    """A module of bench/."""
-    sys.path.insert(0, BENCH)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(BENCH)
-
 
 def modules(*names: str) -> Any:
-    """Several, by name."""
-    return SimpleNamespace(**{name: module(name) for name in names})
+    """Modules of bench/, by the last part of their names."""
+    return SimpleNamespace(**{name.rpartition(".")[2]: importlib.import_module(name) for name in names})
 
 
 def tiny_architecture(bench: Any) -> Any:
-    return bench.switching_sides.Architecture("tiny", bench.switching_sides.llama_shapes(64, 96, 1), rank=1)
+    return bench.architectures.Architecture("tiny", bench.architectures.llama_shapes(64, 96, 1), rank=1)
 
 
 def untimed(seen: dict[str, Any]) -> Callable[..., None]:
-    """In place of the benchmarks' fixture `compare`: the check, then each side twice on each slot.
+    """Stands in for the benchmarks' fixture `compare`: it checks, then runs each side twice on each slot.
 
     seen: receives what the last case gave.
     """

@@ -220,7 +220,7 @@ def run_batched(
 
 
 def mixed_masks(rows: int, columns: int, density: float) -> list[torch.Tensor]:
-    """Of three adapters, the last without any entry."""
+    """Masks of three adapters, the last without any entry."""
     return [
         random_mask(rows, columns, density),
         random_mask(rows, columns, density / 2, seed=1),
@@ -229,7 +229,7 @@ def mixed_masks(rows: int, columns: int, density: float) -> list[torch.Tensor]:
 
 
 def single_arguments(device: str = "cpu") -> dict[str, Any]:
-    """Of a delta [3, 4] with entries 1, 2, 3 at (0, 1), (0, 3), (2, 0), and two tokens."""
+    """Arguments for a delta [3, 4] with entries 1, 2, 3 at (0, 1), (0, 3), (2, 0), and two tokens."""
     return {
         "x": torch.arange(8.0, device=device).view(2, 4),
         "row_ptr": torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=device),
@@ -483,3 +483,53 @@ def check_nothing_outside(device: str, tokens: int) -> None:
     assert out.isfinite().all()
     assert not out.eq(1).all(), "entries that are there are added"
     assert out.new_empty(0).set_(whole).eq(7).sum() >= 2000
+
+
+# (shape of the tokens, rows, columns, density)
+SINGLE_SHAPES = [
+    ((1,), 1, 1, 1.0),
+    ((), 5, 7, 0.5),  # one token, no leading dimension
+    ((0,), 5, 7, 0.5),
+    ((4, 0), 5, 7, 0.5),
+    ((3,), 0, 7, 0.5),  # no rows
+    ((3,), 5, 0, 0.5),  # no columns
+    ((3,), 9, 1, 0.5),
+    ((9,), 5, 7, 0.0),
+    ((9,), 6, 7, 1.0),
+    ((17,), 3, 40, 0.3),
+    ((2, 3, 11), 13, 33, 0.2),
+    ((130,), 7, 19, 0.3),
+    ((1,), 40, 130, 0.9),  # rows of more than a hundred entries
+]
+BATCHED_SHAPES = [
+    ((1,), 1, 1, 1.0),
+    ((), 5, 7, 0.5),  # one token, no leading dimension
+    ((0,), 5, 7, 0.5),
+    ((4, 0), 5, 7, 0.5),
+    ((3,), 0, 7, 0.5),  # no rows
+    ((3,), 5, 0, 0.5),  # no columns
+    ((3,), 9, 1, 0.5),
+    ((9,), 5, 7, 0.0),
+    ((9,), 6, 7, 1.0),
+    ((17,), 3, 40, 0.3),
+    ((2, 3, 11), 10, 33, 0.2),
+    ((130,), 5, 19, 0.3),
+    ((2,), 20, 130, 0.9),  # rows of more than a hundred entries
+]
+PAGES = (None, 7)  # sizes, None for no pages
+TOKEN_ADAPTERS = [[-1] * 4, [0] * 4, [1, 1, 1, 0], [-1, 0, -1, 1], [2, 2], [-1] * 40, [1] * 40, [1] * 37 + [0, -1, 0]]
+
+
+def masks_with_gaps() -> list[torch.Tensor]:
+    """Few full rows, one full column, a diagonal."""
+    rows = torch.zeros(35, 20, dtype=torch.bool)
+    rows[::13] = True
+    columns = torch.zeros(10, 60, dtype=torch.bool)
+    columns[:, 57] = True
+    return [rows, columns, torch.eye(20, 15, dtype=torch.bool)]
+
+
+def changing_batched(tokens: int) -> dict[str, Any]:
+    """Other adapters, too, with other numbers of tokens."""
+    adapters = torch.tensor([2, -1, 0], dtype=torch.int32)[torch.arange(tokens) * tokens % 3]
+    return {**batched_arguments(), "x": torch.arange(4.0 * tokens).view(tokens, 4), "token_adapter": adapters}

@@ -5,17 +5,24 @@ from typing import Any
 import pytest
 import sparse_delta as shared
 import torch
-from backend_matrix import Backend, each_backend_of
-from sparse_delta import INDICES, PAIRS, SINGLE_RESULT, add_out, random_mask, run_single, single_arguments
-from test_sparse_delta_mm import SHAPES, masks_with_gaps
+from backend_matrix import Backend, but_the_interpreter, each_backend_of
+from sparse_delta import (
+    INDICES,
+    PAIRS,
+    SINGLE_RESULT,
+    SINGLE_SHAPES,
+    add_out,
+    masks_with_gaps,
+    random_mask,
+    run_single,
+    single_arguments,
+)
 
 import shira_kernels
 from shira_kernels import backends
 
 each_backend = each_backend_of("add_sparse_delta_mm")
-each_backend_but_the_interpreter = pytest.mark.parametrize(
-    "backend", [p for p in each_backend.args[1] if (p.values[0].name, p.values[0].device) != ("triton", "cpu")]
-)
+each_backend_but_the_interpreter = but_the_interpreter(each_backend)
 
 
 @each_backend
@@ -33,7 +40,7 @@ def test_entries(
 
 
 @each_backend
-@pytest.mark.parametrize(("tokens", "rows", "columns", "density"), SHAPES)
+@pytest.mark.parametrize(("tokens", "rows", "columns", "density"), SINGLE_SHAPES)
 def test_shapes(backend: Backend, tokens: tuple[int, ...], rows: int, columns: int, density: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         run_single(backend, True, tokens, random_mask(rows, columns, density), dtype)

@@ -5,10 +5,20 @@ from typing import Any
 import pytest
 import sparse_delta as shared
 import torch
-from backend_matrix import Backend, each_backend_of
-from sparse_delta import BATCHED_RESULT, INDICES, PAIRS, add_out, batched_arguments, mixed_masks, run_batched
-from test_sparse_delta_mm_batched import PAGES, SHAPES, TOKENS
-from test_sparse_delta_mm_batched import changing as changing_without_out
+from backend_matrix import Backend, but_the_interpreter, each_backend_of
+from sparse_delta import (
+    BATCHED_RESULT,
+    BATCHED_SHAPES,
+    INDICES,
+    PAGES,
+    PAIRS,
+    TOKEN_ADAPTERS,
+    add_out,
+    batched_arguments,
+    changing_batched,
+    mixed_masks,
+    run_batched,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shira_kernels
@@ -17,9 +27,7 @@ from shira_kernels.ops.sparse_delta_mm_batched import check_adapter_contents
 from shira_kernels.reference import add_sparse_delta_mm_batched as reference
 
 each_backend = each_backend_of("add_sparse_delta_mm_batched")
-each_backend_but_the_interpreter = pytest.mark.parametrize(
-    "backend", [p for p in each_backend.args[1] if (p.values[0].name, p.values[0].device) != ("triton", "cpu")]
-)
+each_backend_but_the_interpreter = but_the_interpreter(each_backend)
 
 
 @each_backend
@@ -39,7 +47,7 @@ def test_entries(
 
 @each_backend
 @pytest.mark.parametrize("page_size", PAGES)
-@pytest.mark.parametrize(("tokens", "rows", "columns", "density"), SHAPES)
+@pytest.mark.parametrize(("tokens", "rows", "columns", "density"), BATCHED_SHAPES)
 def test_shapes(
     backend: Backend, tokens: tuple[int, ...], rows: int, columns: int, density: float, page_size: int | None
 ) -> None:
@@ -48,7 +56,7 @@ def test_shapes(
 
 
 @each_backend
-@pytest.mark.parametrize("adapters", TOKENS, ids=lambda adapters: f"{len(adapters)}-{sum(adapters)}")
+@pytest.mark.parametrize("adapters", TOKEN_ADAPTERS, ids=lambda adapters: f"{len(adapters)}-{sum(adapters)}")
 def test_tokens_of_any_adapters(backend: Backend, adapters: list[int]) -> None:
     run_batched(backend, True, (len(adapters),), mixed_masks(7, 20, 0.3), page_size=16, adapters=adapters)
 
@@ -92,7 +100,7 @@ def test_opcheck() -> None:
 
 
 def changing(tokens: int) -> dict[str, Any]:
-    return add_out(changing_without_out(tokens))
+    return add_out(changing_batched(tokens))
 
 
 def double(**arguments: torch.Tensor) -> torch.Tensor:

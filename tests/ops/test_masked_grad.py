@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from backend_matrix import Backend, each_backend_of
+from backend_matrix import Backend, but_the_interpreter, each_backend_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import bits, ulp_distance
@@ -131,9 +131,7 @@ def test_masks_with_empty_rows_and_columns(backend: Backend) -> None:
         check_case(backend, torch.float32, (5,), mask)
 
 
-# The interpreter would take minutes for so many tiles.
-wide = [p for p in each_backend.args[1] if not (p.values[0].name == "triton" and p.values[0].device == "cpu")]
-each_backend_but_the_interpreter = pytest.mark.parametrize("backend", wide)
+each_backend_but_the_interpreter = but_the_interpreter(each_backend)
 
 
 @each_backend_but_the_interpreter

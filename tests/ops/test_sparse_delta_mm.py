@@ -5,19 +5,27 @@ from typing import Any
 import pytest
 import sparse_delta as shared
 import torch
-from backend_matrix import Backend, each_backend_of
+from backend_matrix import Backend, but_the_interpreter, each_backend_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_delta import DTYPES, INDICES, PAIRS, SINGLE_RESULT, csr, random_mask, run_single, single_arguments
+from sparse_delta import (
+    DTYPES,
+    INDICES,
+    PAIRS,
+    SINGLE_RESULT,
+    SINGLE_SHAPES,
+    csr,
+    masks_with_gaps,
+    random_mask,
+    run_single,
+    single_arguments,
+)
 
 import shira_kernels
 from shira_kernels import backends
 
 each_backend = each_backend_of("sparse_delta_mm")
-# The interpreter takes too long for these.
-each_backend_but_the_interpreter = pytest.mark.parametrize(
-    "backend", [p for p in each_backend.args[1] if (p.values[0].name, p.values[0].device) != ("triton", "cpu")]
-)
+each_backend_but_the_interpreter = but_the_interpreter(each_backend)
 
 
 @each_backend
@@ -34,37 +42,11 @@ def test_entries(
         run_single(backend, False, tokens, random_mask(13, 40, 0.2), dtype, value_dtype, row_ptr_dtype, col_dtype)
 
 
-SHAPES = [
-    ((1,), 1, 1, 1.0),
-    ((), 5, 7, 0.5),  # one token, no leading dimension
-    ((0,), 5, 7, 0.5),
-    ((4, 0), 5, 7, 0.5),
-    ((3,), 0, 7, 0.5),  # no rows
-    ((3,), 5, 0, 0.5),  # no columns
-    ((3,), 9, 1, 0.5),
-    ((9,), 5, 7, 0.0),
-    ((9,), 6, 7, 1.0),
-    ((17,), 3, 40, 0.3),
-    ((2, 3, 11), 13, 33, 0.2),
-    ((130,), 7, 19, 0.3),
-    ((1,), 40, 130, 0.9),  # rows of more than a hundred entries
-]
-
-
 @each_backend
-@pytest.mark.parametrize(("tokens", "rows", "columns", "density"), SHAPES)
+@pytest.mark.parametrize(("tokens", "rows", "columns", "density"), SINGLE_SHAPES)
 def test_shapes(backend: Backend, tokens: tuple[int, ...], rows: int, columns: int, density: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         run_single(backend, False, tokens, random_mask(rows, columns, density), dtype)
-
-
-def masks_with_gaps() -> list[torch.Tensor]:
-    """Few full rows, one full column, a diagonal."""
-    rows = torch.zeros(35, 20, dtype=torch.bool)
-    rows[::13] = True
-    columns = torch.zeros(10, 60, dtype=torch.bool)
-    columns[:, 57] = True
-    return [rows, columns, torch.eye(20, 15, dtype=torch.bool)]
 
 
 @each_backend

@@ -1,23 +1,30 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import sparse_delta as shared
 import torch
-from backend_matrix import Backend, each_backend_of
+from backend_matrix import Backend, but_the_interpreter, each_backend_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_delta import BATCHED_RESULT, INDICES, PAIRS, SLOTS, batched_arguments, mixed_masks, run_batched
+from sparse_delta import (
+    BATCHED_RESULT,
+    BATCHED_SHAPES,
+    INDICES,
+    PAGES,
+    PAIRS,
+    SLOTS,
+    TOKEN_ADAPTERS,
+    batched_arguments,
+    changing_batched,
+    mixed_masks,
+    run_batched,
+)
 
 import shira_kernels
 from shira_kernels import backends
 
 each_backend = each_backend_of("sparse_delta_mm_batched")
-each_backend_but_the_interpreter = pytest.mark.parametrize(
-    "backend", [p for p in each_backend.args[1] if (p.values[0].name, p.values[0].device) != ("triton", "cpu")]
-)
-PAGES = (None, 7)
+each_backend_but_the_interpreter = but_the_interpreter(each_backend)
 
 
 @each_backend
@@ -35,26 +42,9 @@ def test_entries(
         run_batched(backend, False, tokens, masks, dtype, value_dtype, row_ptr_dtype, col_dtype, page_size)
 
 
-SHAPES = [
-    ((1,), 1, 1, 1.0),
-    ((), 5, 7, 0.5),  # one token, no leading dimension
-    ((0,), 5, 7, 0.5),
-    ((4, 0), 5, 7, 0.5),
-    ((3,), 0, 7, 0.5),  # no rows
-    ((3,), 5, 0, 0.5),  # no columns
-    ((3,), 9, 1, 0.5),
-    ((9,), 5, 7, 0.0),
-    ((9,), 6, 7, 1.0),
-    ((17,), 3, 40, 0.3),
-    ((2, 3, 11), 10, 33, 0.2),
-    ((130,), 5, 19, 0.3),
-    ((2,), 20, 130, 0.9),  # rows of more than a hundred entries
-]
-
-
 @each_backend
 @pytest.mark.parametrize("page_size", PAGES)
-@pytest.mark.parametrize(("tokens", "rows", "columns", "density"), SHAPES)
+@pytest.mark.parametrize(("tokens", "rows", "columns", "density"), BATCHED_SHAPES)
 def test_shapes(
     backend: Backend, tokens: tuple[int, ...], rows: int, columns: int, density: float, page_size: int | None
 ) -> None:
@@ -69,11 +59,8 @@ def test_pages_of_any_size(backend: Backend, page_size: int | None) -> None:
         run_batched(backend, False, (tokens,), mixed_masks(9, 40, 0.2), page_size=page_size)
 
 
-TOKENS = [[-1] * 4, [0] * 4, [1, 1, 1, 0], [-1, 0, -1, 1], [2, 2], [-1] * 40, [1] * 40, [1] * 37 + [0, -1, 0]]
-
-
 @each_backend
-@pytest.mark.parametrize("adapters", TOKENS, ids=lambda adapters: f"{len(adapters)}-{sum(adapters)}")
+@pytest.mark.parametrize("adapters", TOKEN_ADAPTERS, ids=lambda adapters: f"{len(adapters)}-{sum(adapters)}")
 def test_tokens_of_any_adapters(backend: Backend, adapters: list[int]) -> None:
     run_batched(backend, False, (len(adapters),), mixed_masks(7, 20, 0.3), adapters=adapters)
 
@@ -198,22 +185,16 @@ def test_opcheck() -> None:
     torch.library.opcheck(op, (torch.randn(2, 3, 4).bfloat16(), adapters, flat[0], flat[1], flat[2], 3))
 
 
-def changing(tokens: int) -> dict[str, Any]:
-    """Other adapters, too, with other numbers of tokens."""
-    adapters = torch.tensor([2, -1, 0], dtype=torch.int32)[torch.arange(tokens) * tokens % 3]
-    return {**batched_arguments(), "x": torch.arange(4.0 * tokens).view(tokens, 4), "token_adapter": adapters}
-
-
 def double(**arguments: torch.Tensor) -> torch.Tensor:
     return 2 * torch.ops.shira.sparse_delta_mm_batched(**arguments, out_features=3)
 
 
 def test_compile() -> None:
-    shared.check_compiled(double, changing, ["x", "token_adapter"])
+    shared.check_compiled(double, changing_batched, ["x", "token_adapter"])
 
 
 def test_export() -> None:
-    shared.check_exported(double, changing, ["x", "token_adapter"])
+    shared.check_exported(double, changing_batched, ["x", "token_adapter"])
 
 
 def test_the_default_is_the_fast_path() -> None:

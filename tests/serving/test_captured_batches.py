@@ -16,7 +16,7 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from test_unfused import NAMES, Small, check_pages, check_rows, enter, in_another_thread, inputs, make, small_bank
+from batches import NAMES, Small, check_pages, check_rows, enter, in_another_thread, inputs, make, small_bank
 
 import shira
 from shira.serving import layers as unfused

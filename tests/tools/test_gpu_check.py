@@ -525,7 +525,7 @@ def test_the_architectures_of_an_extension_are_read_from_its_listing(
 def test_the_table_of_floors_has_every_case_and_every_op(gpu: Any) -> None:
     text = (ROOT / "docs/gpu.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
-    cases = benchmarks.module("gpu_cases").cases()
+    cases = importlib.import_module("gpu.floors").cases()
     assert [row[:4] for row in rows if row[1] != "none"] == [
         [f"`{case.op}`", case.name, case.counted, f"{case.floor_us:.1f}"] for case in cases
     ]
@@ -539,7 +539,7 @@ def test_the_table_of_floors_has_every_case_and_every_op(gpu: Any) -> None:
 @pytest.fixture
 def cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The modules of the figures, set to one round of warm inputs, on one thread."""
-    bench = benchmarks.modules("compare", "gpu_cases", "gpu_figures", "rotation")
+    bench = benchmarks.modules("harness.compare", "gpu.floors", "gpu.figures", "harness.rotation")
     monkeypatch.setattr(bench.compare, "MIN_ROUNDS", 1)
     monkeypatch.setattr(bench.rotation, "CACHE_TURNS", 0)
     monkeypatch.setattr(bench.compare.gc, "collect", lambda: None)  # most of the time otherwise
@@ -557,11 +557,11 @@ def test_every_case_is_checked_and_timed_at_tiny_sizes(gpu: Any, cases: Any) -> 
         records.append(facts)
 
     place = cases.compare.Place("cpu")
-    tiny = cases.gpu_cases.cases(cases.gpu_cases.TINY)
+    tiny = cases.floors.cases(cases.floors.TINY)
     for case in tiny:
         found = {"triton": getattr(torch.ops.shira, case.op)}
         with torch.no_grad():
-            cases.gpu_figures.measure(case, case.make("cpu"), found, place, 1e9, record)
+            cases.figures.measure(case, case.make("cpu"), found, place, 1e9, record)
     assert [r["case"] for r in records] == [case.name for case in tiny]
     assert all(r["us"] > 0 and r["ratio"] > 0 and r["baseline"] in r["baselines_us"] for r in records)
     assert {r["op"] for r in records} == {op for op, backend in gpu.summary.kernels() if backend != "none"}
@@ -571,7 +571,7 @@ def test_every_case_is_checked_and_timed_at_tiny_sizes(gpu: Any, cases: Any) -> 
 
     records.clear()
     job = dataclasses.replace(tiny[0].make("cpu"), check=wrong)
-    cases.gpu_figures.measure(tiny[0], job, {"triton": torch.ops.shira.scatter_apply}, place, 1e9, record)
+    cases.figures.measure(tiny[0], job, {"triton": torch.ops.shira.scatter_apply}, place, 1e9, record)
     assert records == [
         {
             "op": "scatter_apply",
@@ -596,7 +596,7 @@ class Broken(TorchFunctionMode):
 
 
 def test_every_case_refuses_a_kernel_that_does_nothing(cases: Any) -> None:
-    for case in cases.gpu_cases.cases(cases.gpu_cases.TINY):
+    for case in cases.floors.cases(cases.floors.TINY):
         job = case.make("cpu")
         with Broken(), pytest.raises(AssertionError):
             job.check()
