@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -13,6 +12,7 @@ from torch import nn
 from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits
 from shira.adapter.checksum import checksum_of
+from shira.adapter.fusion import checked_strength
 from shira.model.claims import check_claim, claim
 from shira.model.names import first_names, resolve
 from shira.serving.arena import Arena, Kept, Key, Mix, Piece, Pieces, base_entries, offsets_of
@@ -88,7 +88,9 @@ class Registry:
         if not strengths:
             raise ValueError("a mix must name at least one adapter; the base is None")
         self.check_names(strengths)
-        return tuple((name, _checked_strength(name, strength)) for name, strength in strengths.items())
+        return tuple(
+            (name, checked_strength(f"the strength of {name!r}", strength)) for name, strength in strengths.items()
+        )
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises ValueError for a name that no adapter has."""
@@ -223,14 +225,6 @@ def as_given(mix: Mix) -> str | dict[str, float]:
     """Gives a mix of at least one adapter as `switch` takes it."""
     [(name, strength), *others] = mix
     return name if strength == 1.0 and not others else dict(mix)
-
-
-def _checked_strength(name: str, strength: float) -> float:
-    """Gives the strength as a float. Raises ValueError if it is not a finite float32 number."""
-    largest = torch.finfo(torch.float32).max
-    if not isinstance(strength, numbers.Real) or not -largest <= strength <= largest:
-        raise ValueError(f"the strength of {name!r} must be a finite float32 number, got {strength!r}")
-    return float(strength)
 
 
 def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.Tensor]) -> None:
