@@ -1,5 +1,5 @@
 # Each target makes what it needs: the virtual environment in .venv, all packages, the C++ extension.
-#   make demo | test | test-versions | bench | lint | build | gpu-compile | gpu-check | clean
+#   make demo | test | test-versions | bench | lint | build | wheel | gpu-compile | gpu-check | clean
 # TORCH=2.13.0        the torch to install
 # NUMPY='<2.4'        bounds of the numpy to install; none are set
 # PYTHON=python3      the interpreter that makes .venv; gpu-check uses it as it is
@@ -15,20 +15,22 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 export SHIRA_BUILD ?= auto
 BUILT := $(VENV)/.built-torch-$(TORCH)-$(SHIRA_BUILD)
+# So that the ninja of the environment is found, which compiles only what changed.
+BUILD_ENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 SOURCES := setup.py $(shell find csrc -type f)
 RESULTS ?= bench-results
 # The oldest Triton that pyproject.toml allows, beside the newest that is installed.
 OLDEST_TRITON := 3.6.0
 TRITON_STAMP := $(VENV)/.triton-$(OLDEST_TRITON)
 
-.PHONY: demo test test-versions bench lint build gpu-compile gpu-check clean
+.PHONY: demo test test-versions bench lint build wheel gpu-compile gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
 	$(VENV)/bin/shira demo --force $(DEMO_ARGS)
 
-# A process for each of two cores, with one thread where a test does not ask for more.
-test: $(BUILT)
+# A process for each of two cores, with one thread where a test does not ask for more. The wheel is for tests/test_wheel.py.
+test: wheel
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # The oldest versions that are supported, 5 GB each. With nvcc of CUDA 13 nothing builds for torch 2.10, whose CUDA is 12.8.
@@ -49,6 +51,13 @@ lint: $(BUILT)
 
 build: $(BUILT)
 
+# dist/shira_kernels-VERSION-cp310-abi3-PLATFORM.whl, for every Python from 3.10 and every torch from 2.10; with CUDA kernels
+# it is 1cuMAJOR-cp310-abi3, and needs a torch of that CUDA. Objects of an earlier build are linked again, and no other file
+# of it is taken: what has been deleted since would stay.
+wheel: $(BUILT)
+	rm -rf build/lib* build/bdist* dist/shira_kernels-*.whl
+	$(BUILD_ENV) $(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index --wheel-dir dist .
+
 # torch first and pinned, so that no other package chooses it.
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -61,7 +70,7 @@ $(STAMP): pyproject.toml
 # All environments import the one extension in shira_kernels.
 $(BUILT): $(STAMP) $(SOURCES)
 	rm -f shira_kernels/_C.*.so .venv*/.built-*
-	$(PY) setup.py --quiet build_ext --inplace
+	$(BUILD_ENV) $(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
 # Every kernel for GPUs, compiled with none: CUDA C++, and Triton with its newest and its oldest version.

@@ -4,6 +4,9 @@ SHIRA_BUILD=auto  CPU kernels where there is a compiler, CUDA kernels where ther
             cpu   CPU kernels; an error without a compiler
             cuda  CPU and CUDA kernels; an error without nvcc
             0     none: the package works on its PyTorch reference and Triton
+
+The extension uses Python's limited API and torch's stable ABI, so a wheel with it serves every Python from 3.10 and
+every torch from 2.10; one with CUDA kernels needs a torch of the same CUDA, which its build tag names.
 """
 
 import os
@@ -15,6 +18,9 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+NO_COMPILER = "no C++ compiler was found when it was installed"
 
 
 def find_cuda() -> None:
@@ -51,6 +57,15 @@ def without_cuda(torch_cuda: str | None, home: str | None) -> str:
     return ""
 
 
+class BuildWithoutCompiler(build_py):
+    """Leaves a note in the package, from which it tells its user that its kernels are missing, and why."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            Path(self.build_lib, "shira_kernels", "not_built.txt").write_text(NO_COMPILER)
+
+
 def extension_arguments() -> dict:
     mode = os.environ.get("SHIRA_BUILD", "auto")
     if mode not in ("auto", "cpu", "cuda", "0"):
@@ -58,9 +73,12 @@ def extension_arguments() -> dict:
     compiler = shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0])
     if "egg_info" in sys.argv or "sdist" in sys.argv or "dist_info" in sys.argv:
         return {}  # nothing is compiled, and torch may not be there yet
-    if mode == "0" or (mode == "auto" and compiler is None):
-        print("shira-kernels: no C++ kernels are built;", "SHIRA_BUILD=0" if mode == "0" else "no C++ compiler found")
+    if mode == "0":
+        print("shira-kernels: no C++ kernels are built; SHIRA_BUILD=0", file=sys.stderr)
         return {}
+    if mode == "auto" and compiler is None:
+        print(f"shira-kernels: no C++ kernels are built; {NO_COMPILER}", file=sys.stderr)
+        return {"cmdclass": {"build_py": BuildWithoutCompiler}}
     find_cuda()  # before PyTorch's module below looks for it
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -82,11 +100,18 @@ def extension_arguments() -> dict:
         macros += [("USE_CUDA", None), ("SHIRA_CUDA_ARCHITECTURES", f'"{architectures}"')]
         sources += map(str, sorted(Path("csrc/cuda").glob("*.cu")))
     extension = (CUDAExtension if with_cuda else CppExtension)(
-        "shira_kernels._C", sources, define_macros=macros, extra_compile_args={"cxx": cxx, "nvcc": nvcc}
+        "shira_kernels._C",
+        sources,
+        define_macros=macros,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        py_limited_api=True,
     )
     # Only the stable ABI of torch is used, which is here; nothing of c10 or torch_python.
     extension.libraries = [name for name in extension.libraries if name in ("torch_cpu", "torch_cuda", "cudart")]
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    wheel = {"py_limited_api": "cp310"}
+    if with_cuda:
+        wheel["build_number"] = f"1cu{torch.version.cuda.split('.')[0]}"
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}, "options": {"bdist_wheel": wheel}}
 
 
 setup(**extension_arguments())

@@ -32,6 +32,7 @@ def facts() -> dict[str, Any]:
         "isa": extension.isa() if extension else None,
         "runnable isas": extension.runnable_isas() if extension else [],
         "build": extension.build_facts() if extension else f"no C++ extension: {backends.extension_reason}",
+        "warning": backends.extension_warning or None,
         "active": {op: {device: backends.active(op, device) for device in devices} for op in OPS},
         "kernels": {op: {backend: _state(op, backend, devices) for backend in backends.BACKENDS} for op in OPS},
     }
@@ -64,6 +65,8 @@ def main() -> int:
     print(f"{'build':14} {build if isinstance(build, str) else ', '.join(f'{k} {v}' for k, v in build.items())}\n")
     rows = [(op, backend, state) for op, states in known["kernels"].items() for backend, state in states.items()]
     print(table([("op", "backend", "state"), *rows]))
+    if known["warning"]:
+        print(f"\n{known['warning']}")
     return 0
 
 

@@ -18,8 +18,10 @@ import importlib
 import importlib.util
 import os
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,17 +36,24 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_ISAS = ("base", "avx2", "avx512", "avx512_bf16")
 
 
-def _load_extension() -> tuple[ModuleType | None, str]:
-    """The C++ module, or why there is none."""
+def _load_extension() -> tuple[ModuleType | None, str, str]:
+    """The C++ module; or None, why there is none, and what to tell users who did not ask for that."""
     try:
-        return importlib.import_module("shira_kernels._C"), ""
+        return importlib.import_module("shira_kernels._C"), "", ""
     except ModuleNotFoundError:
-        return None, "not built (SHIRA_BUILD=0, or no C++ compiler when it was installed)"
+        note = Path(__file__).with_name("not_built.txt")  # of setup.py
+        if not note.exists():
+            return None, "not built (installed with SHIRA_BUILD=0, or a checkout without `make build`)", ""
+        reason = f"not built ({note.read_text()})"
+        remedy = "install one, then this package again; or this package again with SHIRA_BUILD=0, which asks for none"
     except ImportError as error:
-        return None, f"failed to load: {error}"
+        reason = f"failed to load: {error}"
+        remedy = "install a build for this torch"
+    slower = "CPU tensors take the PyTorch reference, which is slower"
+    return None, reason, f"shira_kernels: {slower}: C++ extension {reason}. To change that, {remedy}."
 
 
-extension, extension_reason = _load_extension()
+extension, extension_reason, extension_warning = _load_extension()
 _forced = threading.local()  # .backends: those of the open `use` blocks of a thread
 _check_gpu_indices = False
 
@@ -318,6 +327,23 @@ def _choose_gpu_backend() -> dict[str, str]:
     return choice
 
 
+def _warn_at_the_first_call() -> None:
+    """Gives CPU tensors kernels that warn once of the missing C++ extension, then run the default ones."""
+    warned: list[bool] = []
+
+    def warning(default: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not warned:
+                warned.append(True)
+                warnings.warn(extension_warning, RuntimeWarning, stacklevel=2)
+            return default(*args, **kwargs)
+
+        return run
+
+    for op, definition in OPS.items():
+        library.impl(op, warning(definition.default), "CPU")
+
+
 def _choose_cpu_isa() -> None:
     isa = _environment("SHIRA_CPU_ISA", ("auto", *CPU_ISAS))
     if isa == "auto":
@@ -330,6 +356,8 @@ def _choose_cpu_isa() -> None:
         raise RuntimeError(f"SHIRA_CPU_ISA={isa}: {error}") from error
 
 
+if extension_warning:
+    _warn_at_the_first_call()
 _choose_cpu_isa()
 _gpu_choice = _choose_gpu_backend()
 set_check_indices(_environment("SHIRA_CHECK_INDICES", ("0", "1")) == "1")
