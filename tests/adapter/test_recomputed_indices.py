@@ -22,7 +22,7 @@ import shira
 from shira import convert
 from shira.adapter import adapter as adapter_module
 from shira.cli.bench import run_bench
-from shira.cli.report import run_report
+from shira.cli.report.run import run_report
 from shira.convert import merge
 
 SHAPES = {"layers.0.q.weight": (40, 30), "layers.1.q.weight": (40, 30), "norm.weight": (40,)}

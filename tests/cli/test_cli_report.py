@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import shira
 from shira import Adapter, AdapterTensor
 from shira.adapter import checksum_of, metrics
-from shira.cli import report as interference_report
+from shira.cli.report import compare, picture
 from shira.files.checkpoint import TensorFolder
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -267,10 +267,10 @@ def test_many_adapters_and_kinds_are_drawn() -> None:
             for k in range(30)
         }
         adapters[f"adapter-{i}"] = Adapter(tensors)
-    found = interference_report.compare(adapters, None)
-    assert len(found.parts) == math.comb(8, 2)
-    assert interference_report.picture(found).startswith(b"\x89PNG")
-    assert interference_report.kind_of("a.0.b1.2.w") == "a.*.b1.*.w"
+    found = compare.compare(adapters, None)
+    assert len(found.overlaps) == math.comb(8, 2)
+    assert picture.picture(found).startswith(b"\x89PNG")
+    assert compare.kind_of("a.0.b1.2.w") == "a.*.b1.*.w"
 
 
 def test_a_folder_of_weights(files: Path, base: dict[str, torch.Tensor], tmp_path: Path) -> None:

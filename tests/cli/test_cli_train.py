@@ -19,7 +19,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from shira.cli import train as finetune  # noqa: E402 - needs what may be missing
+from shira.cli.train import run as finetune  # noqa: E402 - needs what may be missing
+from shira.cli.train.examples import encode, read_records  # noqa: E402
+from shira.cli.train.model import load  # noqa: E402
+from shira.cli.train.recipe import Recipe  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(24)]
 
@@ -106,10 +109,10 @@ def test_text_becomes_an_adapter_that_improves_the_model(
 
 
 def test_only_completions_are_learned(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, tokenizer = finetune.load(folder / "llama", "causal-lm")
-    records = finetune.read_records(folder / "pairs.jsonl")
+    _, tokenizer = load(folder / "llama", "causal-lm")
+    records = read_records(folder / "pairs.jsonl")
     assert len(records) == 20
-    examples = list(finetune.encode(records, tokenizer, finetune.Recipe(), "causal-lm", None, folder))
+    examples = list(encode(records, tokenizer, Recipe(), "causal-lm", None, folder))
     assert examples[3] == {"input_ids": [5, 6, 7, 1], "attention_mask": [1] * 4, "labels": [-100, -100, 7, 1]}
     out = tmp_path / "out"
     assert (

@@ -13,24 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from shira.cli.console import CommandError, Json, in_bytes, print_json, print_table, progress_bar, say
 from shira.files.errors import AdapterFormatError, Argument, ArgumentError, ShiraWarning
 from shira.model.names import printable
 
 if TYPE_CHECKING:
     from shira.adapter.adapter import Adapter
-    from shira.files.progress import Progress
-
-
-class CommandError(Exception):
-    """What the user can put right; its text is all that is shown."""
-
 
 _BASE_HELP = "What the adapter was made for: a safetensors file, or a folder of them such as a Hugging Face model's."
 _Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default=False)]
 _Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on standard output, and nothing else.")]
 _AnyBase = Annotated[bool, typer.Option("--any-base", help="Go on where an adapter was made for another base.")]
 _Weights = Annotated[
     list[float] | None,
@@ -84,20 +77,20 @@ def info(
         print_json(facts)
         return
     _print_tensors(adapter)
-    _say(f"{file}: format {form}, {_summary(adapter)}, {_in_bytes(facts['bytes'])}")
+    say(f"{file}: format {form}, {_summary(adapter)}, {in_bytes(facts['bytes'])}")
     if adapter.nnz:
         print(f"{facts['bytes'] / adapter.nnz:.2f} bytes for each entry, all counted")
     if not has_indices:
         print("no indices: they are recomputed from the base, which commands take as --base")
     if adapter.config is not None:
-        _say(f"made with {adapter.config}")
+        say(f"made with {adapter.config}")
     if adapter.provenance is not None:
-        _say(f"made of {_shortened(adapter.provenance)}")
-    unknown = sum(part.checksum is None for part in adapter.values())
+        say(f"made of {_shortened(adapter.provenance)}")
+    unknown = sum(tensor.checksum is None for tensor in adapter.values())
     if unknown:
         print(f"no checksum of the base in {unknown} of {len(adapter)} tensors: it cannot be told which it belongs to")
     if base is not None:
-        _say(f"the base {base}: {facts['base']}")
+        say(f"the base {base}: {facts['base']}")
 
 
 def diff(
@@ -123,7 +116,7 @@ def diff(
         import shira
 
         _check_output(output, [base, tuned], force)
-        with _progress() as progress:
+        with progress_bar() as progress:
             adapter = shira.diff(base, tuned, top=top, common=common, progress=progress)
             progress(1, 1, f"writing {output.name}")
             adapter.save(output)
@@ -161,7 +154,7 @@ def apply(
         pairs = _pairs(adapters, weight)
         check_free(output, force)
         check_apart(output, [base, *adapters])  # of other formats merge_checkpoint gets no path
-        with _progress() as progress:
+        with progress_bar() as progress:
             merged = shira.merge_checkpoint(
                 base,
                 [(_any_format(file, base), strength) for file, strength in pairs],
@@ -183,9 +176,9 @@ def apply(
         )
         return
     files = f"{len(merged.files)} file{'s' if len(merged.files) != 1 else ''}"
-    _say(f"{output}: {merged.entries} entries of {len(merged.tensors)} tensors written into {files}")
+    say(f"{output}: {merged.entries} entries of {len(merged.tensors)} tensors written into {files}")
     if merged.left_out:
-        _say(f"not copied: {', '.join(merged.left_out)}")
+        say(f"not copied: {', '.join(merged.left_out)}")
 
 
 def fuse(
@@ -210,7 +203,7 @@ def fuse(
         pairs = _pairs(adapters, weight)
         _check_output(output, [*adapters, *([base] if base else [])], force)
         loaded = [(_any_format(file, base), strength) for file, strength in pairs]
-        with _progress() as progress:
+        with progress_bar() as progress:
             adapter = shira.fuse(loaded, policy, base, force=any_base, progress=progress)
             progress(1, 1, f"writing {output.name}")
             adapter.save(output)
@@ -269,7 +262,7 @@ def convert(
         form = formats.format_of(file)
         if form == "peft-merged" and base is not None:
             _need("peft", "transformers")
-        with _progress() as progress:
+        with progress_bar() as progress:
             adapter = formats.read(file, base, top=top, trust_base=trust_base, progress=progress)
             progress(1, 1, f"writing {output.name}")
             formats.write(adapter, output, to, base, indices=indices, overwrite=force, force_base=any_base)
@@ -308,22 +301,6 @@ def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
             for first, number in alike.values():
                 more = f" (and {number - 1} more)" if number > 1 else ""
                 print(f"shira: warning: {printable(first)}{more}", file=sys.stderr)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on standard error, where that is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        yield show
 
 
 def _need(*packages: str) -> None:
@@ -365,14 +342,14 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "density": adapter.density,
         "tensors": {
             name: {
-                "shape": list(part.shape),
-                "dtype": str(part.dtype).removeprefix("torch."),
-                "kind": part.kind,
-                "entries": part.nnz,
-                "density": part.nnz / max(1, part.numel),
-                "checksum": part.checksum,
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "kind": tensor.kind,
+                "entries": tensor.nnz,
+                "density": tensor.nnz / max(1, tensor.numel),
+                "checksum": tensor.checksum,
             }
-            for name, part in adapter.items()
+            for name, tensor in adapter.items()
         },
         "config": adapter.config and adapter.config.to_dict(),
         "provenance": adapter.provenance,
@@ -392,8 +369,8 @@ def _info_of_arrays(file: Path, form: str, json: bool) -> None:
         print_json({"file": str(file), "format": form, "bytes": _size(file), "arrays": shapes})
         return
     rows = [(n, str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for n, t in arrays.items()]
-    _print_table(("array", "shape", "dtype"), rows)
-    _say(f"{file}: format {form}, {len(arrays)} arrays, {_in_bytes(_size(file))}")
+    print_table(("array", "shape", "dtype"), rows)
+    say(f"{file}: format {form}, {len(arrays)} arrays, {in_bytes(_size(file))}")
     print("shira convert makes an adapter of it, with the --base that it was made for")
 
 
@@ -402,16 +379,20 @@ def _report_written(adapter: Adapter, output: Path, json: bool, more: dict[str, 
     if json:
         print_json({"output": str(output), **(more or {}), "bytes": size, **_facts(adapter)})
         return
-    _say(f"{output}: {_summary(adapter)}, {_in_bytes(size)}")
+    say(f"{output}: {_summary(adapter)}, {in_bytes(size)}")
     facts = (adapter.provenance or {}).get("diff") or (adapter.provenance or {}).get("converted") or {}
     if "energy_kept" in facts:
         print(f"{facts['energy_kept']:.1%} of the energy of all changes (the sum of their squares) is kept")
-    if (more or {}).get("to") == "shira" and len(adapter) and all(part.checksum is None for part in adapter.values()):
+    if (
+        (more or {}).get("to") == "shira"
+        and len(adapter)
+        and all(tensor.checksum is None for tensor in adapter.values())
+    ):
         print("it has no checksum of its base, so it is applied with a warning; --trust-base takes the one given")
 
 
 def _summary(adapter: Adapter) -> str:
-    kinds = "+".join(sorted({part.kind for part in adapter.values()})) or "nothing"
+    kinds = "+".join(sorted({tensor.kind for tensor in adapter.values()})) or "nothing"
     tensors = f"{len(adapter)} tensor{'s' if len(adapter) != 1 else ''}"
     return f"{adapter.nnz} entries in {tensors}, density {adapter.density:.3%}, kind {kinds}"
 
@@ -420,47 +401,16 @@ def _print_tensors(adapter: Adapter) -> None:
     rows = [
         (
             name,
-            " x ".join(map(str, part.shape)),
-            str(part.dtype).removeprefix("torch."),
-            part.kind,
-            str(part.nnz),
-            f"{part.nnz / max(1, part.numel):.3%}",
-            "unknown" if part.checksum is None else part.checksum[:8],
+            " x ".join(map(str, tensor.shape)),
+            str(tensor.dtype).removeprefix("torch."),
+            tensor.kind,
+            str(tensor.nnz),
+            f"{tensor.nnz / max(1, tensor.numel):.3%}",
+            "unknown" if tensor.checksum is None else tensor.checksum[:8],
         )
-        for name, part in adapter.items()
+        for name, tensor in adapter.items()
     ]
-    _print_table(("tensor", "shape", "dtype", "kind", "entries", "density", "base"), rows)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        right = column in ("entries", "density")
-        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=i > 0)
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console()
-    widths = [max(len(row[i]) for row in [columns, *rows]) + 2 for i in range(len(columns))]
-    # Where it is read by no one whole; else only names are folded.
-    least = sum(widths[1:]) + (min(widths[0], 20) if console.is_terminal else widths[0])
-    console.width = max(console.width, least)
-    console.print(table)
-
-
-def _say(text: str) -> None:
-    print(printable(text))
-
-
-def console_for(json: bool) -> Console:
-    """Where a command shows what it found: beside JSON not on standard output."""
-    return Console(stderr=json)
-
-
-def print_json(facts: dict[str, Any]) -> None:
-    print(json_module.dumps(facts, indent=1))
+    print_table(("tensor", "shape", "dtype", "kind", "entries", "density", "base"), rows)
 
 
 def _shortened(provenance: dict[str, Any]) -> str:
@@ -470,10 +420,3 @@ def _shortened(provenance: dict[str, Any]) -> str:
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
-
-
-def _in_bytes(size: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

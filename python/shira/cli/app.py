@@ -12,12 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from shira.cli.adapters import CommandError, Json, add_commands, console_for, plainly, print_json
+import shira_kernels
+from shira.cli.adapters import add_commands, plainly
+from shira.cli.console import CommandError, Json, console_for, print_json
 from shira.model.names import printable
+from shira_kernels import backends
+from shira_kernels.ops import OPS
 
-app = typer.Typer(help="Sparse high-rank adapters: train, save, switch.", add_completion=False, no_args_is_help=True)
+app = typer.Typer(help="Sparse high-rank adapters: train, save, switch.", no_args_is_help=True)
 
 # Its module differs: older versions of typer raise click's, newer ones their own.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.mro()[1]
@@ -35,9 +40,29 @@ _Base = Annotated[
 _FilesForce = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
 
 
+def _show_version(shown: bool) -> None:
+    if not shown:
+        return
+    kernels: dict[str, None] = {}
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        active = dict.fromkeys(backends.active(op, device) for op in OPS)
+        # Ops for files have no kernels for GPUs, which says nothing of the others.
+        kernels |= {kernel: None for kernel in active if kernel != "reference" or len(active) == 1}
+    print(f"shira-kernels {shira_kernels.__version__}, torch {torch.__version__}, kernels {', '.join(kernels)}")
+    raise typer.Exit
+
+
 @app.callback()
-def _group() -> None:
-    """With a callback, typer keeps a single command a subcommand."""
+def _group(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show versions and the kernels that run here."
+        ),
+    ] = False,
+) -> None:
+    if backends.extension_warning:
+        print(f"shira: warning: {printable(backends.extension_warning)}", file=sys.stderr)
 
 
 @app.command()
@@ -83,14 +108,12 @@ def report(
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError("the report needs matplotlib: pip install shira-kernels[train]")
-    from shira.cli import report as interference_report
+    from shira.cli.report.run import run_report
 
     with plainly(adapters):
-        found = interference_report.run_report(
-            adapters, base=base, output=output, force=force, console=console_for(json)
-        )
+        found = run_report(adapters, base=base, output=output, force=force, console=console_for(json))
     if json:
-        print_json(interference_report.to_dict(found))
+        print_json(found.to_dict())
 
 
 @app.command()
@@ -138,7 +161,8 @@ def train(
     for package in ("transformers", "accelerate", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise CommandError(f"training needs {package}: pip install shira-kernels[train]")
-    from shira.cli import train as finetune
+    from shira.cli.train.recipe import Recipe
+    from shira.cli.train.run import run_training
     from shira.masks.config import ALL_LINEAR, ShiraConfig
     from shira.masks.functions import MASKS
 
@@ -148,12 +172,12 @@ def train(
     names = target_modules if target_modules == ALL_LINEAR else [name.strip() for name in target_modules.split(",")]
     try:
         with plainly():
-            numbers = finetune.run_training(
+            numbers = run_training(
                 model,
                 data,
                 output=output,
                 config=ShiraConfig(names, mask=mask, density=density, seed=seed),
-                recipe=finetune.Recipe(
+                recipe=Recipe(
                     epochs=epochs,
                     max_steps=max_steps,
                     batch_size=batch_size,
@@ -190,17 +214,17 @@ def bench(
 
         shira bench blue.safetensors paint.safetensors --base ./model --threads 4
     """
-    from shira.cli import bench as latency
+    from shira.cli.bench import run_bench
 
     try:
         with plainly(adapters or []):
-            found = latency.run_bench(
+            found = run_bench(
                 adapters or [], base=base, device=device, threads=threads, seconds=seconds, console=console_for(json)
             )
     except RuntimeError as error:
         raise CommandError(str(error)) from None
     if json:
-        print_json(latency.to_dict(found))
+        print_json(found.to_dict())
 
 
 add_commands(app)

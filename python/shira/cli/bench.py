@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
@@ -21,6 +21,7 @@ from shira.adapter.adapter import Adapter
 from shira.adapter.base import BaseTensors
 from shira.adapter.checksum import checksum_of
 from shira.adapter.tensor import AdapterTensor
+from shira.cli.console import bar
 from shira.files.checkpoint import Base
 from shira.files.errors import Argument, ArgumentError
 from shira.serving.bank import ResidentAdapters
@@ -29,6 +30,8 @@ from shira_kernels.bits import as_bits
 
 OURS, COPY, LORA = "shira", "index_copy_ twice", "LoRA, addmm_ twice"
 _MIN_ROUNDS = 5
+Weights = Mapping[str, torch.Tensor]
+Switch = Callable[[str | None, str | None], None]  # from one adapter, or the base, to another
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,11 @@ class Latency:
     """What was measured, and on what.
 
     Attributes:
-        switches: by way, from one adapter to the next.
-        add_us: to check an adapter and take it into a bank, by adapter.
-        entries: of the adapters, by name.
+        switches: how long a switch from one adapter to the next takes, by way.
+        add_us: how long it takes to check an adapter and take it into a bank, by adapter.
+        entries: how many entries each adapter changes, by name.
         weights, weight_bytes: number and size of the weights that they change.
-        kernel: that wrote the entries.
+        kernel: the kernel that wrote the entries.
     """
 
     switches: dict[str, Timing]
@@ -64,6 +67,10 @@ class Latency:
     rounds: int
     kernel: str
     torch: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON types."""
+        return asdict(self)
 
 
 def run_bench(
@@ -101,12 +108,10 @@ def run_bench(
         adapters = {f"random {i}": random_adapter(model, i) for i in range(2)}
     columns = BarColumn(), TimeElapsedColumn(), TextColumn("measuring")
     # Drawn between the rounds, never while one is timed.
-    screen = Console(stderr=True)
-    bar = Progress(*columns, console=screen, auto_refresh=False, transient=True, disable=not screen.is_terminal)
-    with _threads(threads), torch.no_grad(), bar:
-        task = bar.add_task("", total=seconds)
+    with _threads(threads), torch.no_grad(), bar(*columns, auto_refresh=False) as shown:
+        task = shown.add_task("", total=seconds)
         found = measure(
-            model.to(device), adapters, seconds, lambda done: bar.update(task, completed=done, refresh=True)
+            model.to(device), adapters, seconds, lambda done: shown.update(task, completed=done, refresh=True)
         )
     show(found, console or Console())
     return found
@@ -115,8 +120,8 @@ def run_bench(
 def measure(
     model: nn.Module, adapters: dict[str, Adapter], seconds: float, show_progress: Callable[[float], None]
 ) -> Latency:
-    """Switches from each adapter to the next, in turn with the other ways, after checking that all do it. Says now and
-    then how many seconds were measured."""
+    """Switches from each adapter to the next, in turn with the other ways, after checking that a switch is right. Says
+    now and then how many seconds were measured."""
     bank = ResidentAdapters(model)
     add_us = {}
     for name, adapter in adapters.items():
@@ -126,51 +131,15 @@ def measure(
     names = [*adapters, *([None] if len(adapters) == 1 else [])]
     weights = {tensor: model.get_parameter(tensor) for adapter in adapters.values() for tensor in adapter}
     device = next(iter(weights.values())).device
-    copies = {tensor: weight.clone() for tensor, weight in weights.items()}
-    at = {name: {t: part.indices.long().to(device) for t, part in a.items()} for name, a in adapters.items()}
-    old_entries = {name: _entries(weights, parts) for name, parts in at.items()}
-    new_entries = {}
-    for name, adapter in adapters.items():
-        bank.switch(name)
-        new_entries[name] = _entries(weights, at[name])
-        _check(name, adapter, new_entries[name])
-    bank.switch(None)
-    bank.verify_base()
-    factors = {name: _factors(adapter, weights) for name, adapter in adapters.items()}
-
-    def index_copy(old: str | None, new: str | None) -> None:
-        for name, entries in ((old, old_entries), (new, new_entries)):
-            for tensor, indices in at.get(name or "", {}).items():
-                copies[tensor].view(-1).index_copy_(0, indices, entries[name or ""][tensor])
-
-    def lora(old: str | None, new: str | None) -> None:
-        for name, sign in ((old, -1.0), (new, 1.0)):
-            for tensor, (b, a) in factors.get(name or "", {}).items():
-                matrix = copies[tensor].view(b.shape[0], a.shape[1])
-                matrix.addmm_(b, a, alpha=sign)
-
-    ways: dict[str, Callable[[str | None, str | None], None]] = {
+    copies = {tensor: weight.clone() for tensor, weight in weights.items()}  # what the other ways write to
+    ways: dict[str, Switch] = {
         OURS: lambda _, new: bank.switch(new),
-        COPY: index_copy,
-        LORA: lora,
+        COPY: _index_copy(bank, adapters, weights, copies),
+        LORA: _lora(adapters, copies),
     }
-    took: dict[str, list[float]] = {way: [] for way in ways}
     bank.switch(names[-1])
-    begin, round_, ran = time.perf_counter(), 0, backends.calls()
-    shown = begin
-    while round_ < _MIN_ROUNDS + 2 or time.perf_counter() < begin + seconds:
-        if (now := time.perf_counter()) > shown + 0.5:
-            show_progress(now - begin)
-            shown = now
-        old, new = names[(round_ - 1) % len(names)], names[round_ % len(names)]
-        for way, switch in ways.items():
-            _wait(device)
-            start = time.perf_counter_ns()
-            switch(old, new)
-            _wait(device)
-            if round_ >= 2:  # the first warm up
-                took[way].append((time.perf_counter_ns() - start) / 1e3)
-        round_ += 1
+    ran = backends.calls()
+    took = _times(ways, names, seconds, device, show_progress)
     [kernel] = backends.calls() - ran
     bank.switch(None)
     bank.verify_base()
@@ -189,25 +158,88 @@ def measure(
     )
 
 
-def _entries(weights: Mapping[str, torch.Tensor], indices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _times(
+    ways: Mapping[str, Switch],
+    names: Sequence[str | None],
+    seconds: float,
+    device: torch.device,
+    show_progress: Callable[[float], None],
+) -> dict[str, list[float]]:
+    """Microseconds of each switch, by way: in each round all ways go from one name to the next."""
+    took: dict[str, list[float]] = {way: [] for way in ways}
+    round_ = 0
+    begin = shown = time.perf_counter()
+    while round_ < _MIN_ROUNDS + 2 or time.perf_counter() < begin + seconds:
+        if (now := time.perf_counter()) > shown + 0.5:
+            show_progress(now - begin)
+            shown = now
+        old, new = names[(round_ - 1) % len(names)], names[round_ % len(names)]
+        for way, switch in ways.items():
+            _wait(device)
+            start = time.perf_counter_ns()
+            switch(old, new)
+            _wait(device)
+            if round_ >= 2:  # the first warm up
+                took[way].append((time.perf_counter_ns() - start) / 1e3)
+        round_ += 1
+    return took
+
+
+def _index_copy(bank: ResidentAdapters, adapters: Mapping[str, Adapter], weights: Weights, copies: Weights) -> Switch:
+    """Writes the base's entries and then the new adapter's. Those of each adapter are what the bank's switch wrote,
+    which is checked."""
+    device = next(iter(weights.values())).device
+    at = {name: {t: tensor.indices.long().to(device) for t, tensor in a.items()} for name, a in adapters.items()}
+    old_entries = {name: _entries(weights, indices) for name, indices in at.items()}
+    new_entries = {}
+    for name, adapter in adapters.items():
+        bank.switch(name)
+        new_entries[name] = _entries(weights, at[name])
+        _check(name, adapter, new_entries[name])
+    bank.switch(None)
+    bank.verify_base()
+
+    def switch(old: str | None, new: str | None) -> None:
+        for name, entries in ((old, old_entries), (new, new_entries)):
+            for tensor, indices in at.get(name or "", {}).items():
+                copies[tensor].view(-1).index_copy_(0, indices, entries[name or ""][tensor])
+
+    return switch
+
+
+def _lora(adapters: Mapping[str, Adapter], copies: Weights) -> Switch:
+    """Subtracts one low-rank product and adds another."""
+    factors = {name: _factors(adapter, copies) for name, adapter in adapters.items()}
+
+    def switch(old: str | None, new: str | None) -> None:
+        for name, sign in ((old, -1.0), (new, 1.0)):
+            for tensor, (b, a) in factors.get(name or "", {}).items():
+                matrix = copies[tensor].view(b.shape[0], a.shape[1])
+                matrix.addmm_(b, a, alpha=sign)
+
+    return switch
+
+
+def _entries(weights: Weights, indices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {tensor: weights[tensor].view(-1)[at] for tensor, at in indices.items()}
 
 
 def _check(name: str, adapter: Adapter, entries: Mapping[str, torch.Tensor]) -> None:
-    """A switch wrote an adapter's very bits."""
-    for tensor, part in adapter.items():
-        if part.kind == "replace" and not torch.equal(as_bits(entries[tensor].cpu()), as_bits(part.values)):
-            raise RuntimeError(f"{name}: {tensor}: a switch wrote other entries than the adapter's")
+    """Refuses with RuntimeError entries that are not, bit for bit, what an adapter replaces them by."""
+    for tensor_name, tensor in adapter.items():
+        if tensor.kind == "replace" and not torch.equal(as_bits(entries[tensor_name].cpu()), as_bits(tensor.values)):
+            raise RuntimeError(f"{name}: {tensor_name}: a switch wrote other entries than the adapter's")
 
 
-def _factors(adapter: Adapter, weights: dict[str, nn.Parameter]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """For each matrix as many numbers in B [out, rank] and A [rank, in] as the adapter has, or the nearest."""
+def _factors(adapter: Adapter, weights: Weights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """B [out, rank] and A [rank, in] for each matrix, of the rank at which both together hold about as many numbers as
+    the adapter."""
     found = {}
-    for name, part in adapter.items():
+    for name, tensor in adapter.items():
         weight = weights[name]
         rows = weight.shape[0] if weight.dim() > 1 else 1
         columns = weight.numel() // rows
-        rank = max(1, round(part.nnz / (rows + columns)))
+        rank = max(1, round(tensor.nnz / (rows + columns)))
         found[name] = weight.new_full((rows, rank), 1e-6), weight.new_full((rank, columns), 1e-3)
     return found
 
@@ -274,17 +306,12 @@ def random_adapter(model: nn.Module, seed: int) -> Adapter:
 
 def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     *path, last = name.split(".")
-    for part in path:
-        if part not in model._modules:
-            model.add_module(part, nn.Module())
-        model = model.get_submodule(part)
+    for module in path:
+        if module not in model._modules:
+            model.add_module(module, nn.Module())
+        model = model.get_submodule(module)
     if last not in model._parameters:
         model.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
-
-
-def to_dict(found: Latency) -> dict[str, Any]:
-    """The figures as JSON types."""
-    return asdict(found)
 
 
 def show(found: Latency, console: Console) -> None:

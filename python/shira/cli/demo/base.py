@@ -16,7 +16,9 @@ def load_base() -> nn.Module:
     """The shipped model in float32 (its file holds bfloat16, so every weight is a bfloat16 value)."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(BASE_FOLDER, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        BASE_FOLDER, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
 
 
 def windows(data: torch.Tensor) -> torch.Tensor:
@@ -39,5 +41,5 @@ def bits_per_byte(model: nn.Module, data: torch.Tensor, batch: int = 32) -> floa
     rows = windows(data)
     if not len(rows):
         raise ValueError(f"data must hold at least {CONTEXT} bytes, got {data.numel()}")
-    nats = sum(model(input_ids=part, labels=part).loss.double() * len(part) for part in rows.split(batch))
+    nats = sum(model(input_ids=ids, labels=ids).loss.double() * len(ids) for ids in rows.split(batch))
     return float(nats) / len(rows) / math.log(2)

@@ -86,7 +86,7 @@ class Results:
 def run_demo(
     effort: Effort, *, output: Path, seed: int = 0, force: bool = False, console: Console | None = None
 ) -> Results:
-    """Runs it all. Writes adapters, `report.md` and `report.png` to `output`.
+    """Trains, scores and switches the adapters. Writes them, `report.md` and `report.png` to `output`.
 
     Raises:
         ValueError: one of these is there and `force` is not given. Nothing was written then.
@@ -99,12 +99,7 @@ def run_demo(
 
     with console.status("loading the base model and text of installed packages"):
         model = base.load_base()
-        train_texts, heldout_texts = {}, {}
-        for domain in corpus.DOMAINS:
-            train_bytes = TRAIN_BYTES if domain in ADAPTERS else 0
-            split = corpus.load(domain, train_bytes=train_bytes, heldout_bytes=HELDOUT_BYTES)
-            train_texts[domain] = split.train
-            heldout_texts[domain] = sample_windows(split.heldout, effort.heldout_bytes)
+        train_texts, heldout_texts = _texts(effort.heldout_bytes)
         before = bytes_hash(model)
     weights = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"base: a byte-level Llama of {weights / 1e6:.1f} M weights, trained on Python sources")
@@ -125,19 +120,8 @@ def run_demo(
         bank.add(name, path)
         descriptions[name] = f"{shira.Adapter.load(path)!r}, {path.stat().st_size / 1e3:.0f} kB"
         console.print(f"{name}: {descriptions[name]}")
-
-    bpb: dict[str, dict[str, float]] = {}
-    samples = {}
     with _progress(console) as progress:
-        task = progress.add_task("scoring", total=len(STATES) * len(corpus.DOMAINS), note="")
-        for state in STATES:
-            with bank.using(None if state == "base" else state):
-                bpb[state] = {}
-                for domain in corpus.DOMAINS:
-                    bpb[state][domain] = base.bits_per_byte(model, heldout_texts[domain])
-                    progress.update(task, advance=1, note=f"{state} on {domain}")
-                samples[state] = "\n\n".join(generate(model, p, effort.generated_bytes, seed) for p in PROMPTS)
-
+        bpb, samples = _scores(model, bank, heldout_texts, effort.generated_bytes, seed, progress)
     with console.status("switching"):
         fused = random_lora(model, adapter, seed)
         switch_seconds, lora_fuse_seconds = time_switches(bank, fused, effort.switches)
@@ -160,6 +144,39 @@ def run_demo(
         f"adapters, report.md and report.png are in {escape(printable(str(output)))}; {results.seconds:.0f} s in all"
     )
     return results
+
+
+def _texts(heldout_bytes: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """By domain, the text to train on, empty where no adapter does, and about `heldout_bytes` to score on."""
+    train_texts, heldout_texts = {}, {}
+    for domain in corpus.DOMAINS:
+        train_bytes = TRAIN_BYTES if domain in ADAPTERS else 0
+        split = corpus.load(domain, train_bytes=train_bytes, heldout_bytes=HELDOUT_BYTES)
+        train_texts[domain] = split.train
+        heldout_texts[domain] = sample_windows(split.heldout, heldout_bytes)
+    return train_texts, heldout_texts
+
+
+def _scores(
+    model: nn.Module,
+    bank: shira.ResidentAdapters,
+    texts: Mapping[str, torch.Tensor],
+    generated_bytes: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Bits per byte by state and domain, and generated text by state."""
+    bpb: dict[str, dict[str, float]] = {}
+    samples = {}
+    task = progress.add_task("scoring", total=len(STATES) * len(texts), note="")
+    for state in STATES:
+        with bank.using(None if state == "base" else state):
+            bpb[state] = {}
+            for domain, text in texts.items():
+                bpb[state][domain] = base.bits_per_byte(model, text)
+                progress.update(task, advance=1, note=f"{state} on {domain}")
+            samples[state] = "\n\n".join(generate(model, prompt, generated_bytes, seed) for prompt in PROMPTS)
+    return bpb, samples
 
 
 def train(

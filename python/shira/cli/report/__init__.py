@@ -1,0 +1,1 @@
+"""What `shira report` shows: how adapters interfere, as numbers, a picture and a page."""
