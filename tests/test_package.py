@@ -121,6 +121,7 @@ def test_only_the_stable_abi_of_torch_is_used() -> None:
         ["nm", "-DC", "--undefined-only", backends.extension.__file__], capture_output=True, text=True, check=True
     ).stdout
     assert "aoti_torch" in symbols
+    assert backends.extension.__file__.endswith("_C.abi3.so"), "Python's limited API alone"
     assert not [line for line in symbols.splitlines() if "at::" in line or "c10::" in line or "torch::" in line]
 
 

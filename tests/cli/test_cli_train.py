@@ -273,6 +273,20 @@ def test_bad_folders_are_refused(
         encoder: "its architecture is BertModel, neither a causal",
         bare: "cannot be loaded",
     }
+    for name, change, message in (
+        ("typed", {"hidden_size": "wide"}, "cannot be loaded: "),
+        ("wide", {"hidden_size": 64}, "have another shape than its config.json says"),
+        ("headless", {"num_attention_heads": 0}, "cannot be loaded: ZeroDivisionError"),
+        ("coded", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "code of its own, which is never run"),
+    ):
+        shutil.copytree(folder / "llama", tmp_path / name)
+        config = json.loads((folder / "llama/config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+        cases[tmp_path / name] = message
+    shutil.copytree(folder / "llama", tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    cases[tmp_path / "cut"] = "cannot be loaded: SafetensorError: "
     for model, message in cases.items():
         assert run(monkeypatch, model, folder / "count.txt", "-o", tmp_path / "out") == 2
         error = capsys.readouterr().err
@@ -311,6 +325,31 @@ def test_an_output_that_cannot_be_used_is_refused_before_training(
         assert message in error
         assert error.count("\n") == 1
     assert files_in(folder) == before
+
+
+def test_an_interrupted_or_unwritable_training_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while it trains, and a disk that is full when it writes; a limit on the size of files is the disk."""
+    resource = pytest.importorskip("resource", reason="this system has no limits on files")
+    arguments = (folder / "llama", folder / "pairs.jsonl", "-o", tmp_path / "deep/out", "--max-steps", 1)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "training_step", interrupt)
+        assert run(monkeypatch, *arguments) == 130
+    assert capsys.readouterr() == ("", "")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        assert run(monkeypatch, *arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    expected = f"shira: {tmp_path / 'deep/out/adapter.safetensors'}: File too large\n"
+    assert capsys.readouterr() == ("", expected)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_adapter_outlives_a_failure_of_the_picture(

@@ -129,7 +129,7 @@ def train(
         str, typer.Option(metavar="NAMES", help="Names of layers, with commas between; or all-linear.")
     ] = "all-linear",
     epochs: Annotated[float, typer.Option(help="How often each example is seen; above 0.")] = 3.0,
-    max_steps: Annotated[int, typer.Option(min=0, help="Stop after so many steps; 0: no bound.")] = 0,
+    max_steps: Annotated[int, typer.Option(min=0, help="Stop after this many steps; 0 sets no bound.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 8,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", "--lr", help="At its highest; it then falls to 0.")
@@ -202,7 +202,7 @@ def bench(
     ] = None,
     base: _Base = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, max=1024, help="Of the CPU.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of the CPU.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure.")] = 2.0,
     json: Json = False,
 ) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -67,6 +68,20 @@ def bar(*columns: ProgressColumn, console: Console | None = None, auto_refresh: 
     """A bar that is drawn only on a terminal, standard error without a `console`, and is gone at the end."""
     console = console or Console(stderr=True)
     return Bar(*columns, console=console, auto_refresh=auto_refresh, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def folder_made(folder: Path) -> Iterator[None]:
+    """Makes a folder for what the block writes. An error in it takes back what was made, unless a file is there."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
+        raise
 
 
 @contextmanager

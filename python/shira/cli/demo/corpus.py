@@ -81,7 +81,7 @@ def _unseen_paragraphs(path: Path, seen: set[bytes], prose: bool) -> bytes:
 
 
 def load(domain: str, *, train_bytes: int, heldout_bytes: int) -> Split:
-    """Reads at most so many bytes of each part of a domain, in an order that the names of the files determine.
+    """Reads at most `train_bytes` and `heldout_bytes` of a domain, in an order that the names of the files determine.
 
     Raises ValueError for an unknown domain, or if the installed packages hold no text of it.
     """

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 import shira
+from shira.cli.console import folder_made
 from shira.cli.demo import base, corpus, report
 from shira.files.output import check_files_free
 from shira.model.names import printable
@@ -110,8 +111,8 @@ def run_demo(
             adapter, curves[name] = train(
                 model, train_texts[name], effort.steps[name], effort.batch, seed, name, progress
             )
-            output.mkdir(parents=True, exist_ok=True)
-            adapter.save(output / f"{name}.safetensors")
+            with folder_made(output):
+                adapter.save(output / f"{name}.safetensors")
 
     bank = shira.ResidentAdapters(model)
     descriptions = {}

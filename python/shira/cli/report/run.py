@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from shira.adapter.adapter import Adapter
-from shira.cli.console import progress_bar
+from shira.cli.console import folder_made, progress_bar
 from shira.cli.report.compare import Comparison, compare
 from shira.cli.report.measures import measures_of
 from shira.cli.report.page import page
@@ -40,17 +40,12 @@ def run_report(
     adapters = {name: Adapter.load(file, base=base) for name, file in zip(names, files, strict=True)}
     with progress_bar("subtracting the base" if base else "") as progress:
         found = compare(adapters, base, progress)
-    output.mkdir(parents=True, exist_ok=True)
-    write(found, output)
+    image = picture(found)
+    with folder_made(output):
+        write_atomically(output / "report.png", image)
+        write_atomically(output / "report.html", page(found, image).encode())
     _print_summary(found, output, console or Console())
     return found
-
-
-def write(found: Comparison, folder: Path) -> None:
-    """Writes report.png and report.html, which holds the picture too. Raises OSError."""
-    image = picture(found)
-    write_atomically(folder / "report.png", image)
-    write_atomically(folder / "report.html", page(found, image).encode())
 
 
 def _print_summary(found: Comparison, output: Path, console: Console) -> None:

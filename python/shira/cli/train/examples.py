@@ -82,7 +82,9 @@ def encode(
 
 def _causal(ids: list[int], labels: list[int], where: str) -> Example:
     if all(label == _IGNORED for label in labels[1:]):  # the first token is not predicted
-        raise ValueError(f"{where}: there is no token to learn: of a text the first is given, of a pair the prompt")
+        raise ValueError(
+            f"{where}: there is no token to learn: the first token of a text is given, and so is the prompt of a pair"
+        )
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 

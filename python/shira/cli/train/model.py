@@ -47,10 +47,23 @@ def load(folder: Path, task: str) -> tuple[Any, Any]:
         local = {"local_files_only": True, "trust_remote_code": False}  # code of the folder is never run
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         model, report = kind.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
+            folder,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused below
+            **local,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: cannot be loaded: {error}") from None
+    except Exception as error:  # noqa: BLE001 - a damaged folder makes the libraries raise errors of any type
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, which is never run"
+        elif not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{folder}: cannot be loaded: {reason}") from None
+    if report["mismatched_keys"]:
+        name = min(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
+        raise ValueError(f"{folder}: its weights for {name} have another shape than its config.json says")
     if report["missing_keys"]:
         raise ValueError(
             f"{folder}: has no weights for {min(report['missing_keys'])}: an adapter does not hold a new head"

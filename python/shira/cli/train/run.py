@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import shira
-from shira.cli.console import bar
+from shira.cli.console import bar, folder_made
 from shira.cli.train.curve import picture
 from shira.cli.train.examples import Example, encode, read_records, split
 from shira.cli.train.model import TASKS, check_ids, length_of, load, task_of
@@ -103,12 +103,12 @@ def run_training(
     if recipe.max_length < asked:
         console.print(f"examples have at most {recipe.max_length} tokens: the model takes no longer ones")
     found = train(model, tokenizer, training, held_out, config, recipe, task, console, began)
-    output.mkdir(parents=True, exist_ok=True)
-    found.adapter.save(output / "adapter.safetensors")  # first, so that no failure of the others loses it
     numbers = {"model": str(model_folder), "data": str(data), **found.to_dict()}
     numbers |= {"config": config.to_dict(), "recipe": asdict(recipe)}
-    write_atomically(output / "training.json", (json.dumps(numbers, indent=1) + "\n").encode())
-    write_atomically(output / "training.png", picture(found))
+    with folder_made(output):
+        found.adapter.save(output / "adapter.safetensors")  # first, so that no failure of the others loses it
+        write_atomically(output / "training.json", (json.dumps(numbers, indent=1) + "\n").encode())
+        write_atomically(output / "training.png", picture(found))
     _show(found, model_folder, output, console)
     return numbers
 
