@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -177,7 +178,8 @@ setuptools.setup = made.update
 sys.argv = ["setup.py", "build_ext"]
 runpy.run_path("setup.py")
 (extension,) = made["ext_modules"]
-print(json.dumps({name: getattr(extension, name) for name in ("sources", "library_dirs", "include_dirs", "libraries")}))
+facts = {name: getattr(extension, name) for name in ("sources", "library_dirs", "include_dirs", "libraries")}
+print(json.dumps({**facts, "wheel": made["options"]["bdist_wheel"]}))
 """
 
 
@@ -210,7 +212,7 @@ def setup_with(nvcc: str | None, folder: Path, **environment: str) -> subprocess
     )
 
 
-def extension_of(result: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
+def extension_of(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -229,6 +231,7 @@ def test_an_nvcc_that_calls_another_is_asked_where_cuda_is(tmp_path: Path) -> No
         assert str(real / "lib64") in extension["library_dirs"], (environment, result.stderr)
         assert "csrc/cuda/launch.cu" in extension["sources"]
         assert "cudart" in extension["libraries"]
+        assert extension["wheel"] == {"py_limited_api": "cp310", "build_number": "1cu13"}
 
 
 def test_a_cuda_home_with_an_nvcc_is_taken(tmp_path: Path) -> None:
@@ -242,6 +245,7 @@ def test_a_build_without_nvcc_says_so(tmp_path: Path) -> None:
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("shira-kernels:")]
     assert f"there is no nvcc on the PATH or in CUDA_HOME ({tmp_path}): CPU kernels are built, and no CUDA" in line
     assert not [source for source in extension_of(result)["sources"] if source.endswith(".cu")]
+    assert extension_of(result)["wheel"] == {"py_limited_api": "cp310"}
     wanted = setup_with(None, tmp_path, CUDA_HOME=str(tmp_path), SHIRA_BUILD="cuda")
     assert wanted.returncode == 1
     assert "SHIRA_BUILD=cuda cannot be built: there is no nvcc" in wanted.stderr

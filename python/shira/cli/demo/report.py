@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from shira.cli.demo.results import Results
 from shira.files.atomic import write_atomically
-
-if TYPE_CHECKING:
-    from shira.cli.demo.run import Results
 
 _COLOURS = {"base": "#9aa0a6", "cpp": "#2f6fb5", "prose": "#d9772b"}
 _INK = "#303438"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import nn
 import shira
 from shira.cli.console import folder_made
 from shira.cli.demo import base, corpus, report
+from shira.cli.demo.results import Results
 from shira.files.output import check_files_free
 from shira.model.names import printable
 
@@ -50,38 +50,6 @@ class Effort:
 
 FULL = Effort(steps={"cpp": 80, "prose": 120}, batch=16, heldout_bytes=32_768, generated_bytes=160)
 QUICK = Effort(steps={"cpp": 24, "prose": 100}, batch=8, heldout_bytes=8_192, generated_bytes=80)
-
-
-@dataclass(frozen=True)
-class Results:
-    """What the demonstration found."""
-
-    bpb: dict[str, dict[str, float]]  # held-out bits per byte, by state (base or an adapter) and domain
-    curves: dict[str, list[float]]  # bits per byte of each training batch, by adapter
-    samples: dict[str, str]  # generated text, by state
-    adapters: dict[str, str]  # what each file holds, by adapter
-    switch_seconds: list[float]
-    lora_fuse_seconds: list[float]
-    base_bytes_equal: bool  # whether all weights had their first bytes after all training and switches
-    seconds: float
-
-    @property
-    def switch_ms(self) -> float:
-        return statistics.median(self.switch_seconds) * 1e3
-
-    @property
-    def lora_fuse_ms(self) -> float:
-        return statistics.median(self.lora_fuse_seconds) * 1e3
-
-    def to_dict(self) -> dict[str, object]:
-        """The numbers as JSON types."""
-        return {
-            "bpb": self.bpb,
-            "switch_ms": self.switch_ms,
-            "lora_fuse_ms": self.lora_fuse_ms,
-            "base_bytes_equal": self.base_bytes_equal,
-            "seconds": self.seconds,
-        }
 
 
 def run_demo(

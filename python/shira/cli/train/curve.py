@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from shira.cli.train.run import Training
+from shira.cli.train.training import Training
 
 _INK = "#303438"
 

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from shira.cli.train.curve import picture
 from shira.cli.train.examples import Example, encode, read_records, split
 from shira.cli.train.model import TASKS, check_ids, length_of, load, task_of
 from shira.cli.train.recipe import Recipe
+from shira.cli.train.training import Training
 from shira.files.atomic import write_atomically
 from shira.files.output import check_files_free
 from shira.masks.config import ShiraConfig
@@ -31,31 +32,6 @@ from shira.model.names import printable
 
 FILES = ("adapter.safetensors", "training.json", "training.png")
 _CALIBRATION_BATCHES = 8
-
-
-@dataclass(frozen=True)
-class Training:
-    """What came of it; losses are means in nats, of tokens or of texts.
-
-    Attributes:
-        losses: the loss of each step.
-        held_out_before, held_out_after: `loss` on held-out examples, and `accuracy` where classes are learned; empty
-            without such examples.
-    """
-
-    adapter: shira.Adapter
-    task: str
-    examples: int
-    held_out_examples: int
-    losses: list[float]
-    held_out_before: dict[str, float]
-    held_out_after: dict[str, float]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers as JSON types."""
-        numbers = {name: value for name, value in self.__dict__.items() if name != "adapter"}
-        return {"entries": self.adapter.nnz, "density": self.adapter.density, **numbers}
 
 
 def run_training(
