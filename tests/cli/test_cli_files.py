@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import shira
 from shira import Adapter, AdapterTensor, convert
-from shira.cli.adapters import plainly
+from shira.cli.console import plainly
 from shira.files.checkpoint import TensorFolder
 from shira.files.output import check_free
 

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json as json_module
-import os
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shira.cli.console import CommandError, Json, in_bytes, print_json, print_table, progress_bar, say
-from shira.files.errors import AdapterFormatError, Argument, ArgumentError, ShiraWarning
-from shira.model.names import printable
+from shira.cli.console import CommandError, Json, in_bytes, plainly, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from shira.adapter.adapter import Adapter
@@ -267,40 +261,6 @@ def convert(
             progress(1, 1, f"writing {output.name}")
             formats.write(adapter, output, to, base, indices=indices, overwrite=force, force_base=any_base)
     _report_written(adapter, output, json, {"from": form, "to": to})
-
-
-@contextmanager
-def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
-    """Errors of the input become CommandErrors; our warnings one line each, and those of libraries nothing."""
-
-    def option(argument: Argument) -> str:
-        if argument.position is not None:
-            return str(files.get(argument.position, argument))
-        return "--force" if argument.name == "overwrite" else f"--{argument.name}"
-
-    files = dict(enumerate(adapters))
-    alike: dict[str, list[Any]] = {}  # by what follows the tensor's name: the first such warning, how many there are
-
-    def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        if isinstance(message, ShiraWarning):
-            alike.setdefault(str(message).rpartition(": ")[2], [message.said(option), 0])[1] += 1
-
-    # transformers would draw bars and report on weights by itself.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        try:
-            yield
-        except (ArgumentError, AdapterFormatError) as error:
-            raise CommandError(printable(error.said(option))) from None
-        except ValueError as error:
-            raise CommandError(printable(str(error))) from None
-        finally:
-            for first, number in alike.values():
-                more = f" (and {number - 1} more)" if number > 1 else ""
-                print(f"shira: warning: {printable(first)}{more}", file=sys.stderr)
 
 
 def _need(*packages: str) -> None:

@@ -16,8 +16,8 @@ import torch
 import typer
 
 import shira_kernels
-from shira.cli.adapters import add_commands, plainly
-from shira.cli.console import CommandError, Json, console_for, print_json
+from shira.cli.adapters import add_commands
+from shira.cli.console import CommandError, Json, console_for, plainly, print_json
 from shira.model.names import printable
 from shira_kernels import backends
 from shira_kernels.ops import OPS

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json as json_module
+import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +18,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from shira.files.errors import AdapterFormatError, Argument, ArgumentError, ShiraWarning
 from shira.files.progress import Progress
 from shira.model.names import printable
 
@@ -23,6 +27,40 @@ Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on s
 
 class CommandError(Exception):
     """What the user can put right; its text is all that is shown."""
+
+
+@contextmanager
+def plainly(adapters: Sequence[Path] = ()) -> Iterator[None]:
+    """Errors of the input become CommandErrors; our warnings one line each, and those of libraries nothing."""
+
+    def option(argument: Argument) -> str:
+        if argument.position is not None:
+            return str(files.get(argument.position, argument))
+        return "--force" if argument.name == "overwrite" else f"--{argument.name}"
+
+    files = dict(enumerate(adapters))
+    alike: dict[str, list[Any]] = {}  # by what follows the tensor's name: the first such warning, how many there are
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if isinstance(message, ShiraWarning):
+            alike.setdefault(str(message).rpartition(": ")[2], [message.said(option), 0])[1] += 1
+
+    # transformers would draw bars and report on weights by itself.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        try:
+            yield
+        except (ArgumentError, AdapterFormatError) as error:
+            raise CommandError(printable(error.said(option))) from None
+        except ValueError as error:
+            raise CommandError(printable(str(error))) from None
+        finally:
+            for first, number in alike.values():
+                more = f" (and {number - 1} more)" if number > 1 else ""
+                print(f"shira: warning: {printable(first)}{more}", file=sys.stderr)
 
 
 def console_for(json: bool) -> Console:
