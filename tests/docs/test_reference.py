@@ -65,7 +65,7 @@ def entry_of(name: str, value: Any) -> str:
 
 
 PUBLIC = public()
-IN_PARTS = ("shira.masks", "shira.convert")  # packages, whose names have entries
+IN_PARTS = ("shira.masks", "shira.convert", "shira_kernels.backends")  # their names have entries
 
 
 @pytest.mark.parametrize("name", sorted(set(PUBLIC) - set(IN_PARTS)))
@@ -127,7 +127,7 @@ def documented() -> Iterator[tuple[str, Callable[..., Any], str]]:
 
 
 NOT_CALLED = ("shira.Handle", "shira.masks.Mask")  # classes whose objects others make
-BACKENDS = ("active", "reason_unavailable", "kernel", "calls", "use", "set_check_indices", "checked")
+BACKENDS = [entry.rpartition(".")[2] for entry in sorted(ENTRIES) if entry.startswith("shira_kernels.backends.")]
 DOCUMENTED = {name: (function, text) for name, function, text in documented()}
 
 # A docstring may say that arguments, results or errors are those of another one.
