@@ -51,9 +51,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links back into docs/, which mkdocs calls by shorter names."""
+    """Links back into docs/ by the names that mkdocs has; each op once in the table of contents."""
     if not page.file.src_uri.startswith("../"):
-        return markdown
+        listed = r"\1\n    options:\n      show_root_toc_entry: false"
+        return re.sub(r"(?<=\n)(::: shira_kernels\.(\w+))$", listed, markdown, flags=re.M)
     folder = posixpath.dirname(page.file.src_uri)
 
     def shortened(match: re.Match[str]) -> str:
@@ -61,7 +62,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         inside = posixpath.normpath(posixpath.join(folder, target)).removeprefix("../")
         if not inside.startswith("docs/"):
             return match[0]
-        return f"{begin}{posixpath.relpath(inside.removeprefix('docs/'), folder)}{end}"
+        return f"{begin}/{inside.removeprefix('docs/')}{end}"  # from the root of docs/, as mkdocs.yml says
 
     return _LINK.sub(shortened, markdown)
 
