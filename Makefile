@@ -1,5 +1,5 @@
 # Each target makes what it needs: the virtual environment in .venv, all packages, the C++ extension.
-#   make demo | test | test-versions | bench | lint | build | wheel | gpu-compile | gpu-check | clean
+#   make demo | test | test-versions | bench | lint | docs | build | wheel | gpu-compile | gpu-check | clean
 # TORCH=2.13.0        the torch to install
 # NUMPY='<2.4'        bounds of the numpy to install; none are set
 # PYTHON=python3      the interpreter that makes .venv; gpu-check uses it as it is
@@ -17,13 +17,14 @@ export SHIRA_BUILD ?= auto
 BUILT := $(VENV)/.built-torch-$(TORCH)-$(SHIRA_BUILD)
 # So that the ninja of the environment is found, which compiles only what changed.
 BUILD_ENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+DOCS_STAMP := $(VENV)/.installed-docs-torch-$(TORCH)
 SOURCES := setup.py $(shell find csrc -type f)
 RESULTS ?= bench-results
 # The oldest Triton that pyproject.toml allows, beside the newest that is installed.
 OLDEST_TRITON := 3.6.0
 TRITON_STAMP := $(VENV)/.triton-$(OLDEST_TRITON)
 
-.PHONY: demo test test-versions bench lint build wheel gpu-compile gpu-check clean
+.PHONY: demo test test-versions bench lint docs build wheel gpu-compile gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -48,6 +49,17 @@ lint: $(BUILT)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 	$(PY) tools/check_repository.py
+
+# The site, in build/docs; a link that leads nowhere is an error. Building and reading it need no network.
+docs: $(BUILT) $(DOCS_STAMP)
+	$(PY) tools/docs_reference.py
+	$(PY) tools/docs_pictures.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
+$(DOCS_STAMP): $(STAMP)
+	SHIRA_BUILD=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--constraint $(VENV)/constraints.txt --editable ".[dev,docs]"
+	touch $@
 
 build: $(BUILT)
 

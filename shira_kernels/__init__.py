@@ -18,7 +18,7 @@ from shira_kernels.ops.sparse_delta_mm_transposed import sparse_delta_mm_transpo
 from shira_kernels.ops.topk_indices import topk_indices
 from shira_kernels.optim import ShiraAdamW
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "ShiraAdamW",
     "__version__",

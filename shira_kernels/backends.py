@@ -66,7 +66,10 @@ def _environment(name: str, allowed: tuple[str, ...]) -> str:
 
 
 def reason_unavailable(op: str, backend: str) -> str:
-    """Why `backend` cannot run `op` in this process; empty if it can."""
+    """Why `backend` cannot run `op` in this process; empty if it can.
+
+    Raises ValueError for an unknown op or backend.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if op not in OPS:

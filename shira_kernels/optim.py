@@ -129,7 +129,11 @@ class ShiraAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step for all parameters that have a gradient. Returns what `closure`, called first, returns."""
+        """One step for all parameters that have a gradient. Returns what `closure`, called first, returns.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or decay="deltas" was chosen after the first step.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

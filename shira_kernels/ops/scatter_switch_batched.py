@@ -90,7 +90,8 @@ def scatter_switch_batched(
 
     Args:
         weights: n tensors as in `scatter_apply_batched`.
-        old_offsets, old_indices: [n + 1] and [old nnz], the list of the adapter that is in the weights.
+        old_offsets, old_indices: [n + 1] int64 and [old nnz] int32 or int64, the list of the adapter that
+            is in the weights.
         old_saved: [old nnz] in the weights' dtype, the entries from before it.
         offsets, indices, values, alpha, additive: the new adapter, as in `scatter_apply_batched`. Its indices may be
             int64 where the old ones are int32, or the reverse.

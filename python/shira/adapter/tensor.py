@@ -11,6 +11,7 @@ import torch
 from shira.adapter.checksum import DIGITS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that a tensor which an adapter changes may have."""
 
 
 @dataclass(frozen=True, eq=False)

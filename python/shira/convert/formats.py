@@ -20,6 +20,7 @@ from shira.files.output import check_free, check_replaceable
 from shira.files.progress import Progress, no_progress
 
 WRITTEN = ("shira", "peft-shira", "patch")
+"""The formats that `write` takes as `form`."""
 _SPARSE = {"SHIRA": "peft-shira", "SUPERTUNING": "peft-supertuning"}
 _READERS = {"peft-shira": peft.read_shira, "peft-supertuning": peft.read_supertuning, "patch": patch.read}
 

@@ -129,6 +129,9 @@ def merge_checkpoint(
         overwrite: replace the file `output`, or the folder if it holds no other files than will be written.
         progress: called before each file and tensor, with how many are done, how many there are, and which comes.
 
+    Returns:
+        What was written: `tensors` (names), `entries` (how many), `files`, and `left_out`, files that were not copied.
+
     Raises:
         ValueError: naming the tensor: the base lacks it, has it with another shape or dtype, or with other entries than
             an adapter was made for; no adapter, a strength that is not finite, `output` is there, or lies in the base

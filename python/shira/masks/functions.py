@@ -12,7 +12,10 @@ from shira.masks.ranking import budget, entries_of, first_runs, run_scores, top_
 
 
 class Mask(Protocol):
-    """What a mask is: see the package's docstring."""
+    """What `ShiraConfig` takes as `mask`: any function with these arguments and this result.
+
+    The package's docstring says what each of them means.
+    """
 
     def __call__(
         self,
@@ -205,6 +208,7 @@ MASKS: dict[str, Mask] = {
     "snip": snip,
     "small": small,
 }
+"""The masks by the names that `ShiraConfig` takes."""
 
 
 def _ranked(

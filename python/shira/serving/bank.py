@@ -85,6 +85,9 @@ class ResidentAdapters:
         model: any module. Names of its parameters are those of its state dict; PEFT's prefixes are understood.
         device_budget: bytes that unfused adapters may take on the model's devices. Adapters then live in host memory
             and are brought in when a batch needs them; the least recently used makes room. None: all stay there.
+
+    Raises:
+        ValueError: `device_budget` is neither None nor a positive whole number.
     """
 
     def __init__(self, model: nn.Module, *, device_budget: int | None = None) -> None:
