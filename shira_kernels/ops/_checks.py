@@ -10,7 +10,6 @@ import torch
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 COLUMN_DTYPES = (torch.int32, torch.uint16)
-ARITHMETIC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Named = Iterable[tuple[str, torch.Tensor]]
 
 

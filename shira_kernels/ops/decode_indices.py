@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.ops.encode_indices import check_numel
@@ -31,7 +32,7 @@ def _check_form(code: torch.Tensor, nnz: int, numel: int) -> None:
 
 def fake(code: torch.Tensor, nnz: int, numel: int) -> torch.Tensor:
     _check_form(code, nnz, numel)
-    return code.new_empty(nnz, dtype=torch.int32 if numel < 2**31 else torch.int64)
+    return code.new_empty(nnz, dtype=index_dtype(numel))
 
 
 def check(code: torch.Tensor, nnz: int, numel: int, *, contents: bool = True) -> list[torch.Tensor]:

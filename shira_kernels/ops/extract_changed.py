@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import extract_changed as reference
@@ -32,7 +33,7 @@ def _check_form(base: torch.Tensor, tuned: torch.Tensor) -> torch.dtype:
         _checks.fail(OP, "tuned", f"must have the shape of base, {tuple(base.shape)}, got {tuple(tuned.shape)}")
     if tuned.device != base.device:
         _checks.fail(OP, "tuned", f"must be on {base.device} like base, got {tuned.device}")
-    return torch.int32 if base.numel() < 2**31 else torch.int64
+    return index_dtype(base.numel())
 
 
 def fake(base: torch.Tensor, tuned: torch.Tensor) -> Changed:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import fuse_adapters as reference
@@ -37,7 +38,7 @@ def _check_form(
     if len(values) != len(indices):
         _checks.fail(OP, "values", f"must hold one tensor per list of indices ({len(indices)}), got {len(values)}")
     dtype = values[0].dtype
-    if dtype not in _checks.ARITHMETIC_DTYPES:
+    if dtype not in ARITHMETIC:
         _checks.fail(OP, "values[0]", f"must be float64, float32, bfloat16 or float16, got {dtype}")
     for k, (positions, entries) in enumerate(zip(indices, values, strict=True)):
         if positions.dtype not in _checks.INDEX_DTYPES:

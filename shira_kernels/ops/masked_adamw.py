@@ -20,6 +20,7 @@ import math
 
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import masked_adamw as reference
@@ -58,7 +59,7 @@ def fake(
         _check_grad(f"grads[{i}]", grads[i], weight, grads[0])
     states = [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)] + ([] if master is None else [("master", master)])
     for argument, tensor in states:
-        if weights and tensor.dtype != (compute := torch.promote_types(like.dtype, torch.float32)):
+        if weights and tensor.dtype != (compute := compute_dtype(like.dtype)):
             _checks.fail(OP, argument, f"must be {compute} for {like.dtype} weights, got {tensor.dtype}")
         _checks.check_vector(OP, argument, tensor, like, indices.shape[0])
     if step.dtype != torch.float32 or step.dim() != 0:
@@ -68,7 +69,7 @@ def fake(
 
 
 def _check_weight(argument: str, weight: torch.Tensor, first: torch.Tensor) -> None:
-    if weight.dtype not in _checks.ARITHMETIC_DTYPES:
+    if weight.dtype not in ARITHMETIC:
         _checks.fail(OP, argument, f"must be float64, float32, bfloat16 or float16, got {weight.dtype}")
     if weight.dtype != first.dtype:
         _checks.fail(OP, argument, f"must be {first.dtype} like weights[0], got {weight.dtype}")

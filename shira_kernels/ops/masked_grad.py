@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import masked_grad as reference
@@ -18,7 +19,7 @@ OP = "masked_grad"
 
 
 def fake(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
-    if x.dtype not in _checks.ARITHMETIC_DTYPES:
+    if x.dtype not in ARITHMETIC:
         _checks.fail(OP, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if grad_output.dtype != x.dtype:
         _checks.fail(OP, "grad_output", f"must be {x.dtype} like x, got {grad_output.dtype}")
@@ -34,7 +35,7 @@ def fake(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col:
     if grad_output.device != x.device:
         _checks.fail(OP, "grad_output", f"must be on {x.device} like x, got {grad_output.device}")
     _checks.check_csr(OP, row_ptr, col, grad_output.shape[-1], x, "grad_output has columns")
-    return x.new_empty(col.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(col.shape[0], dtype=compute_dtype(x.dtype))
 
 
 def check(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import scatter_apply as reference
@@ -35,7 +36,7 @@ def check_entries(
         _checks.fail(op, f"{argument}, {names.values} and saved", "must not be lazily negated or conjugated")
     if weight.element_size() > 8:
         _checks.fail(op, argument, f"must have elements of 1, 2, 4 or 8 bytes, got {weight.dtype}")
-    if (additive or alpha != 1.0) and weight.dtype not in _checks.ARITHMETIC_DTYPES:
+    if (additive or alpha != 1.0) and weight.dtype not in ARITHMETIC:
         _checks.fail(op, argument, f"must be floating point unless entries are replaced at alpha 1, got {weight.dtype}")
     if values.dtype != weight.dtype and not (additive and values.dtype == torch.float32):
         allowed = f"{weight.dtype} or float32" if additive else f"{weight.dtype} like the weight"

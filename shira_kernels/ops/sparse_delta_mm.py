@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define, differentiable
 from shira_kernels.reference import sparse_delta_mm as reference
@@ -22,7 +23,7 @@ OP = "sparse_delta_mm"
 
 def check_input(op: str, x: torch.Tensor) -> None:
     """The form of a layer's input."""
-    if x.dtype not in _checks.ARITHMETIC_DTYPES:
+    if x.dtype not in ARITHMETIC:
         _checks.fail(op, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
         _checks.fail(op, "x", "must have at least one dimension, [..., in]")
@@ -32,7 +33,7 @@ def check_input(op: str, x: torch.Tensor) -> None:
 
 def check_values(op: str, values: torch.Tensor, col: torch.Tensor, x: torch.Tensor) -> None:
     """The form of values beside col, which was checked."""
-    if values.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+    if values.dtype not in (x.dtype, compute_dtype(x.dtype)):
         _checks.fail(op, "values", f"must be {x.dtype} like x, or float32 beside fewer bits, got {values.dtype}")
     if values.device != x.device:
         _checks.fail(op, "values", f"must be on {x.device} like the others, got {values.device}")

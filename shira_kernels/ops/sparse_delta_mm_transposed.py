@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import declare
 from shira_kernels.ops.sparse_delta_mm import check_input, check_values
@@ -99,7 +100,7 @@ def build(row_ptr: torch.Tensor, col: torch.Tensor, in_features: int) -> Index:
     entries = torch.arange(col.numel(), dtype=row_ptr.dtype, device=col.device)
     rows = torch.searchsorted(row_ptr, entries, right=True, out_int32=True) - 1
     ends = torch.searchsorted(columns, torch.arange(in_features + 1, dtype=torch.int32, device=col.device))
-    small = torch.int32 if col.numel() < 2**31 else torch.int64
+    small = index_dtype(col.numel())
     narrow = torch.uint16 if row_ptr.numel() <= 2**16 + 1 else torch.int32
     return Index(ends.to(small), rows[order].to(narrow), order.to(small))
 

@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from shira_kernels.dtypes import compute_dtype
 from shira_kernels.triton._library_product import is_exact, multiply, panel_rows
 from shira_kernels.triton._math import as_kernel_type, interprets, widen
 
@@ -135,7 +136,7 @@ def uses_panels(tokens: int, rows: int, columns: int, nnz: int) -> bool:
 
 def masked_grad(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
     rows, columns = grad_output.shape[-1], x.shape[-1]
-    sums = x.new_zeros(col.numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = x.new_zeros(col.numel(), dtype=compute_dtype(x.dtype))
     if col.numel() == 0 or x.numel() == 0:
         return sums
     tokens = x.numel() // columns

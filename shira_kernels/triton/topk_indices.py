@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.triton._marks import (
     WORDS,
     first_bits,
@@ -295,7 +296,7 @@ def sample_ranks(numel: int, k: int) -> tuple[int, int]:
 
 def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
     numel, device = score.numel(), score.device
-    result = torch.empty(k, dtype=torch.int32 if numel < 2**31 else torch.int64, device=device)
+    result = torch.empty(k, dtype=index_dtype(numel), device=device)
     if k == 0:
         return result
     if k == numel:  # one score among them, for whose number Triton would compile kernels of its own
