@@ -91,7 +91,7 @@ def _shorten(numbers: list[int]) -> str:
 
 
 def check_csr(op: str, row_ptr: torch.Tensor, col: torch.Tensor, rows: int, like: torch.Tensor, what: str) -> None:
-    """The form of the entries of a matrix of so many rows; `what` says in errors whose rows these are."""
+    """Checks the form of the entries of a matrix of `rows` rows; `what` says in errors whose rows these are."""
     if row_ptr.dtype not in INDEX_DTYPES:
         fail(op, "row_ptr", f"must be int32 or int64, got {row_ptr.dtype}")
     if col.dtype not in COLUMN_DTYPES:
@@ -123,13 +123,15 @@ def check_csr_contents(op: str, row_ptr: torch.Tensor, col: torch.Tensor, width:
 
 
 def check_overlap(op: str, written: Named, read: Named) -> None:
-    """No written tensor shares memory with any other tensor. All are contiguous."""
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name, is_written)
+    """No written tensor, which are contiguous, shares memory with any other that a kernel reads: of one that is not
+    contiguous it reads a copy."""
+    spans = [
+        (begin := tensor.data_ptr(), begin + tensor.nbytes, name, is_written)
         for group, is_written in ((written, True), (read, False))
         for name, tensor in group
-        if tensor.numel()
-    )
+        if tensor.nbytes and tensor.is_contiguous()
+    ]
+    spans.sort()
     # The furthest end so far, of all spans and of the written ones, with the names of their tensors.
     reach, reach_written = (0, ""), (0, "")
     for begin, end, name, is_written in spans:

@@ -9,6 +9,9 @@ operation rounded on its own, and the result is rounded once to the weight's dty
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from shira_kernels.dtypes import ARITHMETIC
@@ -24,9 +27,9 @@ def check_entries(
     weight: torch.Tensor,
     indices: torch.Tensor,
     values: torch.Tensor,
-    alpha: float,
-    additive: bool,
-    saved: torch.Tensor | None,
+    alpha: float = 1.0,
+    additive: bool = False,
+    saved: torch.Tensor | None = None,
     argument: str = "weight",
     names: _checks.ListNames = _checks.LIST_NAMES,
 ) -> None:
@@ -49,42 +52,15 @@ def check_entries(
         _checks.check_vector(op, "saved", saved, weight, indices.shape[0])
 
 
-def fake(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    alpha: float = 1.0,
-    additive: bool = False,
-    saved: torch.Tensor | None = None,
-) -> None:
-    check_entries(OP, weight, indices, values, alpha, additive, saved)
+def contents(weight: torch.Tensor, indices: torch.Tensor, *_: Any) -> None:
+    _checks.check_index_contents(OP, indices, weight.numel())
 
 
-def check(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    alpha: float = 1.0,
-    additive: bool = False,
-    saved: torch.Tensor | None = None,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on; returns what it writes. Without `contents` the index values stay unread."""
-    check_entries(OP, weight, indices, values, alpha, additive, saved)
-    written = [("weight", weight)] + ([] if saved is None else [("saved", saved)])
-    _checks.check_autograd(OP, written, [("values", values)])
-    _checks.check_overlap(OP, written, [("indices", indices), ("values", values)])
-    if contents:
-        _checks.check_index_contents(OP, indices, weight.numel())
-    return [tensor for _, tensor in written]
-
-
-default = define(
+define(
     f"{OP}(Tensor(a!) weight, Tensor indices, Tensor values, float alpha=1.0, bool additive=False, "
     "Tensor(b!)? saved=None) -> ()",
-    fake=fake,
-    check=check,
+    form=functools.partial(check_entries, OP),
+    contents=contents,
     reference=reference.scatter_apply,
     host="()",
 )

@@ -43,35 +43,22 @@ def check_values(op: str, values: torch.Tensor, col: torch.Tensor, x: torch.Tens
         _checks.fail(op, "values", "must be contiguous")
 
 
-def fake(
-    x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
-) -> torch.Tensor:
+def form(x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int) -> None:
     check_input(OP, x)
     _checks.check_csr(OP, row_ptr, col, out_features, x, "out_features")
     check_values(OP, values, col, x)
-    return x.new_empty((*x.shape[:-1], out_features))
 
 
-def check(
-    x: torch.Tensor,
-    row_ptr: torch.Tensor,
-    col: torch.Tensor,
-    values: torch.Tensor,
-    out_features: int,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on. Without `contents` the values of row_ptr and col stay unread."""
-    fake(x, row_ptr, col, values, out_features)
-    if contents:
-        _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1])
-    return []
+def contents(x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, *_: Any) -> None:
+    _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1])
 
 
-default = define(
+define(
     f"{OP}(Tensor x, Tensor row_ptr, Tensor col, Tensor values, SymInt out_features) -> Tensor",
-    fake=fake,
-    check=check,
+    form=form,
+    fake=lambda x, row_ptr, col, values, out_features: x.new_empty((*x.shape[:-1], out_features)),
+    contents=contents,
+    allows_grad=True,
     reference=reference.sparse_delta_mm,
 )
 
