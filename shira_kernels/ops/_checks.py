@@ -67,7 +67,7 @@ def check_index_contents(op: str, indices: torch.Tensor, numel: int, argument: s
 def check_offsets(
     op: str, offsets: torch.Tensor, count: int, weights: list[torch.Tensor], argument: str = "offsets"
 ) -> None:
-    """The form of the offsets of a batch of `count` tensors."""
+    """Checks the form of the offsets of a batch of `count` tensors."""
     if offsets.dtype != torch.int64:
         fail(op, argument, f"must be int64, got {offsets.dtype}")
     if offsets.dim() != 1 or not offsets.is_contiguous():

@@ -19,7 +19,7 @@ OP = "add_sparse_delta_mm"
 
 
 def check_out(op: str, out: torch.Tensor, x: torch.Tensor) -> None:
-    """The form of what is added to."""
+    """Checks the form of what is added to."""
     if out.dtype != x.dtype:
         _checks.fail(op, "out", f"must be {x.dtype} like x, got {out.dtype}")
     if out.device != x.device:

@@ -16,6 +16,7 @@ roots are torch's, may differ in the last.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -124,7 +125,7 @@ def _check_lengths(
     return borders
 
 
-def contents(
+def check_contents(
     weights: list[torch.Tensor],
     offsets: torch.Tensor,
     indices: torch.Tensor,
@@ -134,29 +135,17 @@ def contents(
     master: torch.Tensor | None,
     step: torch.Tensor,
     *_: float,
+    wait: bool,
 ) -> None:
-    _check_step(step)
+    """Without `wait` indices stay unread, and what else a GPU holds."""
+    if wait or step.is_cpu:
+        _check_step(step)
+    if not (wait or offsets.is_cpu):
+        return
     borders = _check_lengths(weights, offsets, indices, grads)
-    for i, weight in enumerate(weights):
+    for i, weight in enumerate(weights if wait else ()):
         part = indices[borders[i] : borders[i + 1]]
         _checks.check_index_contents(f"{OP}: weights[{i}]", part, weight.numel())
-
-
-def host_contents(
-    weights: list[torch.Tensor],
-    offsets: torch.Tensor,
-    indices: torch.Tensor,
-    grads: list[torch.Tensor],
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    master: torch.Tensor | None,
-    step: torch.Tensor,
-    *_: float,
-) -> None:
-    if step.device.type == "cpu":
-        _check_step(step)
-    if offsets.device.type == "cpu":
-        _check_lengths(weights, offsets, indices, grads)
 
 
 define(
@@ -164,8 +153,8 @@ define(
     "Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor step, float lr, float beta1, float beta2, float eps, "
     "float weight_decay) -> ()",
     form=form,
-    contents=contents,
-    host_contents=host_contents,
+    contents=functools.partial(check_contents, wait=True),
+    host_contents=functools.partial(check_contents, wait=False),
     reference=reference.masked_adamw,
     host="Tensor",
 )

@@ -33,7 +33,7 @@ def check_entries(
     argument: str = "weight",
     names: _checks.ListNames = _checks.LIST_NAMES,
 ) -> None:
-    """What can be checked of one weight and its vectors without data."""
+    """Checks the form of one weight and of its vectors."""
     _checks.check_memory(op, argument, weight)
     if any(t is not None and (t.is_conj() or t.is_neg()) for t in (weight, values, saved)):
         _checks.fail(op, f"{argument}, {names.values} and saved", "must not be lazily negated or conjugated")

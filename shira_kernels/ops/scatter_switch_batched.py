@@ -11,13 +11,14 @@ kept in `saved` and updated; of one in both, `old_saved` is what is kept and upd
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
-from shira_kernels.ops.scatter_apply_batched import check_host_offsets, check_list_contents, check_lists
+from shira_kernels.ops.scatter_apply_batched import check_list_contents, check_lists
 from shira_kernels.reference import scatter_switch_batched as reference
 
 OP = "scatter_switch_batched"
@@ -40,7 +41,7 @@ def form(
     check_lists(OP, weights, old_offsets, old_indices, old_saved, names=OLD)
 
 
-def contents(
+def check_contents(
     weights: list[torch.Tensor],
     old_offsets: torch.Tensor,
     old_indices: torch.Tensor,
@@ -48,30 +49,18 @@ def contents(
     offsets: torch.Tensor,
     indices: torch.Tensor,
     *_: Any,
+    wait: bool,
 ) -> None:
-    check_list_contents(OP, weights, old_offsets, old_indices, names=OLD)
-    check_list_contents(OP, weights, offsets, indices)
-
-
-def host_contents(
-    weights: list[torch.Tensor],
-    old_offsets: torch.Tensor,
-    old_indices: torch.Tensor,
-    old_saved: torch.Tensor,
-    offsets: torch.Tensor,
-    indices: torch.Tensor,
-    *_: Any,
-) -> None:
-    check_host_offsets(OP, weights, old_offsets, old_indices, names=OLD)
-    check_host_offsets(OP, weights, offsets, indices)
+    check_list_contents(OP, weights, old_offsets, old_indices, wait=wait, names=OLD)
+    check_list_contents(OP, weights, offsets, indices, wait=wait)
 
 
 define(
     f"{OP}(Tensor(a!)[] weights, Tensor old_offsets, Tensor old_indices, Tensor old_saved, Tensor offsets, "
     "Tensor indices, Tensor values, Tensor(b!) saved, float alpha=1.0, bool additive=False) -> ()",
     form=form,
-    contents=contents,
-    host_contents=host_contents,
+    contents=functools.partial(check_contents, wait=True),
+    host_contents=functools.partial(check_contents, wait=False),
     reference=reference.scatter_switch_batched,
     host="Tensor",
 )

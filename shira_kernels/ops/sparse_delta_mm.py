@@ -22,7 +22,7 @@ OP = "sparse_delta_mm"
 
 
 def check_input(op: str, x: torch.Tensor) -> None:
-    """The form of a layer's input."""
+    """Checks the form of a layer's input."""
     if x.dtype not in ARITHMETIC:
         _checks.fail(op, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
@@ -32,7 +32,7 @@ def check_input(op: str, x: torch.Tensor) -> None:
 
 
 def check_values(op: str, values: torch.Tensor, col: torch.Tensor, x: torch.Tensor) -> None:
-    """The form of values beside col, which was checked."""
+    """Checks the form of values beside col, which was checked."""
     if values.dtype not in (x.dtype, compute_dtype(x.dtype)):
         _checks.fail(op, "values", f"must be {x.dtype} like x, or float32 beside fewer bits, got {values.dtype}")
     if values.device != x.device:

@@ -38,7 +38,7 @@ def check_adapters(
     rows: int,
     page_table: torch.Tensor | None = None,
 ) -> None:
-    """What can be checked of stacked adapters without data."""
+    """Checks the form of stacked adapters and of their input."""
     check_input(op, x)
     if token_adapter.dtype != torch.int32:
         _checks.fail(op, "token_adapter", f"must be int32, got {token_adapter.dtype}")

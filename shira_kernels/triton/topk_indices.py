@@ -43,7 +43,7 @@ from shira_kernels.triton._marks import (
 SAMPLE = 8192  # a power of 2, below 2^15
 DEVIATIONS = 4  # from the sample's rank to those of the two keys: it misleads once in 10^4 times
 DIGIT = 11  # bits
-FEWEST_WORDS = 128  # of a program of the first pass; with 64 that of float64 spills a register on sm_80
+FEWEST_WORDS = 128  # of a program of the first pass: 16 scores for each of its 256 threads
 COPIES = 8  # of the table of counts, so that programs seldom add to one number at once
 
 # What state holds, in int64.
