@@ -98,7 +98,7 @@ def reason_unavailable(op: str, backend: str) -> str:
 
 def _with_kernels(op: str) -> str:
     """The op whose kernels an op runs: itself, unless it is composed of another."""
-    return getattr(OPS[op], "COMPOSED_OF", op)
+    return OPS[op].composed_of or op
 
 
 def _has_cpp_kernel(op: str, key: str) -> bool:
@@ -172,7 +172,7 @@ def _composed(op: str, product: Callable[..., Any], contents: Callable[[], bool]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         OPS[op].check(*args, **kwargs, contents=contents())
-        return OPS[op].compose(product, *args, **kwargs)
+        return OPS[op].compose(product, *args, **kwargs)  # type: ignore[misc]
 
     return run
 

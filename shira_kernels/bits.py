@@ -8,7 +8,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, flat, as integers of the element's size, so that copies keep every bit of every dtype.
+    """Gives the tensor's memory, flat, as integers of the element's size, so that copies keep every bit of every dtype.
 
     `tensor` is contiguous with elements of 1, 2, 4 or 8 bytes.
     """
@@ -16,5 +16,5 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in one dimension. `tensor` is contiguous; a view of one that is flat costs more than this."""
+    """Gives the memory of a contiguous tensor in one dimension; a view of one that is flat costs more than this."""
     return tensor if tensor.dim() == 1 else tensor.view(-1)

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch.optim.adamw import adamw
 
-from shira_kernels.ops._checks import ARITHMETIC_DTYPES, INDEX_DTYPES
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
+from shira_kernels.ops._checks import INDEX_DTYPES
 from shira_kernels.ops.masked_adamw import masked_adamw
 
 DECAYS = ("weights", "deltas")
@@ -317,7 +318,7 @@ class ShiraAdamW(torch.optim.Optimizer):
 
     def _checked_entry(self, name: str, p: torch.Tensor, saved: Any, decay: str) -> dict[str, Any]:
         own = self.state.get(p, {}).get("indices")
-        shape, dtype = (p.shape, p.dtype) if own is None else (own.shape, _compute_dtype(p.dtype))
+        shape, dtype = (p.shape, p.dtype) if own is None else (own.shape, compute_dtype(p.dtype))
         state: dict[str, Any] = {} if own is None else {"indices": own}
         if not isinstance(saved, Mapping):
             raise ValueError(f"{name}: must be a mapping, got {type(saved).__name__}")
@@ -369,7 +370,7 @@ def _check_entries(p: torch.Tensor, index: torch.Tensor) -> None:
     where = f"indices of a parameter of shape {tuple(p.shape)}"
     if hasattr(p, "shira_target"):
         raise ValueError(f"{where}: it is itself a vector of listed entries")
-    if p.dtype not in ARITHMETIC_DTYPES or not p.is_contiguous():
+    if p.dtype not in ARITHMETIC or not p.is_contiguous():
         raise ValueError(f"{where}: it must be contiguous float64, float32, bfloat16 or float16, got {p.dtype}")
     if not isinstance(index, torch.Tensor) or index.dtype not in INDEX_DTYPES or index.dim() != 1:
         raise ValueError(f"{where} must be a 1-D tensor, int32 or int64")
@@ -377,16 +378,12 @@ def _check_entries(p: torch.Tensor, index: torch.Tensor) -> None:
         raise ValueError(f"{where} must be sorted, unique and in [0, {p.numel()})")
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _start(parts: list[_Part], group: dict[str, Any]) -> None:
     """Gives parameters at their first step a state; the moments of all of them lie side by side."""
     new = [part for part in parts if "step" not in part.state]
     if not new:
         return
-    dtype, device = _compute_dtype(new[0].weight.dtype), new[0].weight.device
+    dtype, device = compute_dtype(new[0].weight.dtype), new[0].weight.device
     sizes = [part.indices.numel() for part in new]
     for part in new:
         part.state["step"] = torch.tensor(0.0, dtype=torch.float32)

@@ -15,15 +15,16 @@ import torch
 from pretended_gpu import PretendedGpu, Variant
 from triton.backends.compiler import GPUTarget
 
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
+
 INDICES = (torch.int32, torch.int64)
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 BITS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # Of the scatter ops: dtypes of weights and values, alpha, additive.
 REPLACED = [(kind, kind, 1.0, False) for kind in BITS]
 COMBINED = [
-    *((kind, kind, 0.5, False) for kind in FLOATS),
-    *((kind, kind, 0.5, True) for kind in FLOATS),
+    *((kind, kind, 0.5, False) for kind in ARITHMETIC),
+    *((kind, kind, 0.5, True) for kind in ARITHMETIC),
     *((kind, torch.float32, 0.5, True) for kind in (torch.float64, *HALVES)),
 ]
 NOTHING = [(torch.bfloat16, torch.bfloat16, 0.0, False), (torch.bfloat16, torch.float32, 0.0, True)]  # alpha 0 is int32
@@ -183,7 +184,7 @@ def adamw_calls() -> Iterator[Call]:
         lr: float = 1e-3, decay: float = 0.01,
     ) -> Call:  # fmt: skip
         weight, grad = kinds
-        compute = torch.promote_types(weight, torch.float32)
+        compute = compute_dtype(weight)
 
         def arguments(gpu: PretendedGpu) -> tuple[Any, ...]:
             weights = [empty(gpu, form.shape, weight, form.weight_shift) for _ in range(count)]
@@ -228,7 +229,7 @@ def topk_calls() -> Iterator[Call]:
     def make(dtype: torch.dtype, shape: tuple[int, ...], k: int, shift: int = 0) -> Call:
         return Call("topk_indices", lambda gpu: (empty(gpu, shape, dtype, shift), k))
 
-    for dtype in FLOATS:
+    for dtype in ARITHMETIC:
         yield make(dtype, (256, 96), 160)
         yield make(dtype, (61, 47), 33, shift=1)
     for dtype in HALVES:
@@ -247,7 +248,7 @@ def fuse_calls() -> Iterator[Call]:
 
         return Call("fuse_adapters", arguments)
 
-    for policy, dtype, index in itertools.product(("sum", "mean", "ties", "last"), FLOATS, INDICES):
+    for policy, dtype, index in itertools.product(("sum", "mean", "ties", "last"), ARITHMETIC, INDICES):
         if index == torch.int64 and dtype not in (torch.float64, torch.bfloat16):
             continue
         if policy != "last" or dtype != torch.float16:  # the same bits as bfloat16
@@ -266,9 +267,9 @@ def masked_grad_calls() -> Iterator[Call]:
 
         return Call("masked_grad", arguments)
 
-    for dtype, row, column in itertools.product(FLOATS, INDICES, (torch.uint16, torch.int32)):
+    for dtype, row, column in itertools.product(ARITHMETIC, INDICES, (torch.uint16, torch.int32)):
         yield make(dtype, row, column, 256, 256, 1003)
-    for dtype, row in itertools.product(FLOATS, INDICES):
+    for dtype, row in itertools.product(ARITHMETIC, INDICES):
         yield make(dtype, row, torch.int32 if row == torch.int64 else torch.uint16, 4096, 256, 1003)
     few = ((1, 1, 1), (7, 61, 33), (7, 61, 0), (16, 64, 48), (1, 4096, 4096), (4099, 511, 1003))
     for dtype, (tokens, size, nnz) in itertools.product((torch.float32, torch.bfloat16), few):
@@ -304,7 +305,7 @@ def product_calls() -> Iterator[Call]:
 
         return Call(op, arguments)
 
-    kinds = [*((kind, kind) for kind in FLOATS), *((kind, torch.float32) for kind in HALVES)]
+    kinds = [*((kind, kind) for kind in ARITHMETIC), *((kind, torch.float32) for kind in HALVES)]
     ops = [("sparse_delta_mm", 0), ("sparse_delta_mm_batched", 0), ("sparse_delta_mm_batched", 4096)]
     ops += [(f"add_{op}", page) for op, page in ops]
     stored = itertools.cycle(itertools.product(INDICES, (torch.uint16, torch.int32)))
@@ -316,6 +317,7 @@ def product_calls() -> Iterator[Call]:
         yield make(op, kinds[2], torch.int32, torch.uint16, tokens, 61, page)
     for row, column, tokens in itertools.product(INDICES, (torch.uint16, torch.int32), (8, 512)):
         yield make("add_sparse_delta_mm_batched", kinds[2], row, column, tokens, 256, 4096)
+    # Dense products of two panels each: the first one's entries are cleared.
     for op, kind, row, column in itertools.product(
         ("sparse_delta_mm", "add_sparse_delta_mm"), kinds[2:4], INDICES, (torch.uint16, torch.int32)
     ):

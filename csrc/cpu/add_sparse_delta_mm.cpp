@@ -1,5 +1,5 @@
 // add_sparse_delta_mm on the CPU: sparse_delta_mm, added to an output.
-#include "sparse_delta_mm.h"
+#include "delta_product.h"
 
 namespace shira {
 
@@ -8,11 +8,11 @@ static void add_sparse_delta_mm(const Tensor& out, const Tensor& x, const Tensor
   constexpr const char* kOp = "add_sparse_delta_mm";
   check_input(kOp, x);
   check_out(kOp, out, x);
-  const CsrRows all = check_csr(kOp, row_ptr, col, x, out.size(out.dim() - 1), x.size(x.dim() - 1), "out has columns");
+  check_csr(kOp, row_ptr, col, x, last_size(out), "out has columns");
   check_values(kOp, values, col, x);
   const Tensor inputs = as_contiguous(x);
   check_in_place(kOp, out, inputs, values, {{"row_ptr", row_ptr}, {"col", col}});
-  const TokenGroups groups = all_tokens(kOp, inputs, all, values);
+  const TokenGroups groups = all_tokens(kOp, inputs, row_ptr, col, values);
   announce_write(kOp, {"out", out});
   multiply(groups, inputs, values, out, true);
 }

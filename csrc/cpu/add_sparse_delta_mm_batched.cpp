@@ -1,5 +1,5 @@
 // add_sparse_delta_mm_batched on the CPU: sparse_delta_mm of each adapter's tokens, added to an output.
-#include "sparse_delta_mm.h"
+#include "delta_product.h"
 
 namespace shira {
 
@@ -9,7 +9,7 @@ static void add_sparse_delta_mm_batched(const Tensor& out, const Tensor& x, cons
   constexpr const char* kOp = "add_sparse_delta_mm_batched";
   check_input(kOp, x);
   check_out(kOp, out, x);
-  check_adapters(kOp, x, token_adapter, row_ptr, col, values, out.size(out.dim() - 1), page_table);
+  check_adapters(kOp, x, token_adapter, row_ptr, col, values, last_size(out), page_table);
   const Tensor inputs = as_contiguous(x);
   std::vector<Argument> read = {{"token_adapter", token_adapter}, {"row_ptr", row_ptr}, {"col", col}};
   if (page_table) read.push_back({"page_table", *page_table});

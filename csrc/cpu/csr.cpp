@@ -25,40 +25,16 @@ template <class Col>
            std::to_string(smallest < 0 ? smallest : largest));
 }
 
-void check_place(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
-  if (!same_device(tensor, like)) fail(op, argument, "must be on the device of x");
-  if (!tensor.is_contiguous()) fail(op, argument, "must be contiguous");
-}
-
 }  // namespace
 
-void check_csr_dtypes(const char* op, const Tensor& row_ptr, const Tensor& col, const Tensor& like) {
-  const int32_t row_dtype = dtype_of(row_ptr), col_dtype = dtype_of(col);
-  if (row_dtype != aoti_torch_dtype_int64() && row_dtype != aoti_torch_dtype_int32())
-    fail(op, "row_ptr", "must be int32 or int64, got " + dtype_name(row_dtype));
-  if (col_dtype != aoti_torch_dtype_int32() && col_dtype != aoti_torch_dtype_uint16())
-    fail(op, "col", "must be int32 or uint16, got " + dtype_name(col_dtype));
-  check_place(op, "row_ptr", row_ptr, like);
-  check_place(op, "col", col, like);
-}
-
-CsrRows check_csr(const char* op, const Tensor& row_ptr, const Tensor& col, const Tensor& like, int64_t rows,
-                  int64_t columns, const char* what) {
-  check_csr_dtypes(op, row_ptr, col, like);
-  for (const Argument& argument : {Argument{"row_ptr", row_ptr}, Argument{"col", col}})
-    if (argument.tensor.dim() != 1) fail(op, argument.name, "must be 1-D, got shape " + shape_of(argument.tensor));
-  if (rows < 0) fail(op, "out_features", "must not be negative, got " + std::to_string(rows));
-  if (row_ptr.numel() != rows + 1)
-    fail(op, "row_ptr",
-         "must have one entry more than " + std::string(what) + " (" + std::to_string(rows + 1) + "), got " +
-             std::to_string(row_ptr.numel()));
+CsrRows rows_of(const Tensor& row_ptr, const Tensor& col, int64_t columns) {
   return {row_ptr.data_ptr(),
           col.data_ptr(),
           dtype_of(row_ptr) == aoti_torch_dtype_int64(),
           dtype_of(col) == aoti_torch_dtype_int32(),
           columns,
           0,
-          rows,
+          row_ptr.numel() - 1,
           0};
 }
 

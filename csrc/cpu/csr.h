@@ -1,5 +1,5 @@
-// Matrices in CSR form: checks of them as arguments, in the words of shira_kernels/ops/_checks.py, and how threads
-// share their rows.
+// Matrices in CSR form: checks of what they hold, in the words of shira_kernels/ops/_checks.py, and how threads share
+// their rows.
 #pragma once
 
 #include "../host/checks.h"
@@ -7,19 +7,15 @@
 
 namespace shira {
 
-constexpr int64_t kRowCost = 2;  // going over a row costs as much as so many entries
+constexpr int64_t kRowCost = 2;  // going over a row costs as much as this many entries
 
-// The form of the two index tensors of a matrix, of any shape: dtypes, the device of `like`, contiguous.
-void check_csr_dtypes(const char* op, const Tensor& row_ptr, const Tensor& col, const Tensor& like);
-
-// All rows of a matrix with so many, its form checked; `what` says in errors whose rows these are.
-CsrRows check_csr(const char* op, const Tensor& row_ptr, const Tensor& col, const Tensor& like, int64_t rows,
-                  int64_t columns, const char* what);
+// All rows of a matrix, its form checked.
+CsrRows rows_of(const Tensor& row_ptr, const Tensor& col, int64_t columns);
 
 // row_ptr rises from 0 to nnz.
 void check_borders(const char* op, const CsrRows& all, int64_t nnz, const CpuKernels& kernels);
 
-// The same, and columns are sorted and unique in each row, and lie in [0, columns).
+// row_ptr rises so, and columns are sorted and unique in each row, and lie in [0, columns).
 void check_csr_contents(const char* op, const CsrRows& all, int64_t nnz, const CpuKernels& kernels);
 
 // The columns alone; borders are right. On several threads.

@@ -3,7 +3,7 @@
 // counters of a block are as narrow as columns.
 #pragma once
 
-#include "kernels.h"
+#include "csr_types.h"
 
 namespace shira::SHIRA_ISA {
 

@@ -6,14 +6,13 @@
 // each knows the index before it and writes its own part, so there is no race. Integers only, deterministic.
 //
 // Passes over a block, which stays in the first cache: escapes become numbers, eight at a time where each is one byte;
-// gap bytes are summed (vectorised); then they are widened into the result, escapes are added by a bit mask of 64
-// entries, whose loop is predicted far better than a question at each entry (at 1 %: twice as fast), and the prefix sum
-// goes from step to index in place. With AVX-512 the last three are one pass over vectors of 16. Where the sum shows an
-// index outside the tensor the block is refused; results are numbers and no addresses, so that may come after them.
+// gap bytes are summed; then they are widened into the result, escapes are added by a bit mask of 64 entries
+// (NOTES.md), and the prefix sum goes from step to index in place. With AVX-512 the last three are one pass over
+// vectors of 16. Where the sum shows an index outside the tensor the block is refused; results are numbers, not
+// addresses, so that may come after them.
 #pragma once
 
 #include "index_code.h"
-#include "kernels.h"
 
 namespace shira::SHIRA_ISA {
 

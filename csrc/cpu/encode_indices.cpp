@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "encode_indices";
 
-// f(block) for all blocks of so many entries.
+// Calls f(block) for all blocks of nnz entries.
 template <class F>
 void over_blocks(int64_t nnz, const F& f) {
   const int64_t blocks = index_blocks(nnz);

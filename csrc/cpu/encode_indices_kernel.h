@@ -7,7 +7,6 @@
 #pragma once
 
 #include "index_code.h"
-#include "kernels.h"
 
 namespace shira::SHIRA_ISA {
 

@@ -7,18 +7,12 @@
 // float64), rounded once. Deterministic: an entry is summed in the order of the lists, wherever runs and windows begin.
 //
 // The lists are taken window by window: each adds its entries to sums that stay in cache and sets their bits in a map,
-// of which the set bits then are the union. A window begins at the first entry that is left, so gaps cost nothing. A
-// merge that takes the least of K heads at each step waits for a mispredicted branch, or for a chain of comparisons,
-// for each entry, and looks at all K heads for each. 4 lists of 1 % of 45 M, one thread, AVX-512: a merge with branches
-// 28 ms, one without 27 ms, windows 15 ms, of which a third each is adding, listing the bits, and storing; counting the
-// union first takes 4 ms more, and saves the copy of a result that was written with room for all. Listing bits four at
-// a time rather than one by one (18 ms) saves a misprediction in each word of the map. Windows of 4096 to 32768
-// positions are alike. Lists so sparse that a window holds few entries (0.01 %) pay for the map: there a merge is
-// several times faster.
+// of which the set bits then are the union. A window begins at the first entry that is left, so gaps cost nothing.
+// NOTES.md compares this with a merge of the lists.
 #pragma once
 
 #include "../shared/element.h"
-#include "kernels.h"
+#include "fuse_adapters_types.h"
 
 namespace shira::SHIRA_ISA {
 

@@ -26,4 +26,17 @@ inline void store_int64(uint8_t* bytes, int64_t value) {
   for (int i = 0; i < 8; ++i) bytes[i] = static_cast<uint8_t>(static_cast<uint64_t>(value) >> (8 * i));
 }
 
+// A block of coded indices: see docs/format.md.
+struct IndexBlock {
+  const uint8_t* gaps;
+  const uint8_t* escapes;
+  const uint8_t* escapes_end;
+  int64_t count;
+  int64_t before;  // the index before the block's first, or -1
+  int64_t last;    // what its last index must be, or -1 where that is open
+  int64_t limit;   // all must be below
+};
+
+enum class DecodeError : uint8_t { None, EscapesEnd, EscapesLeft, LongEscape, Outside, Border };
+
 }  // namespace shira

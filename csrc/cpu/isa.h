@@ -6,6 +6,7 @@
 #include "encode_indices_kernel.h"
 #include "extract_changed_kernel.h"
 #include "fuse_adapters_kernel.h"
+#include "kernels.h"
 #include "masked_adamw_kernel.h"
 #include "masked_grad_kernel.h"
 #include "scatter_apply_kernel.h"

@@ -7,14 +7,12 @@
 // flat. Indices are unique, so iterations are independent, and the caller gives each thread its own run: no race.
 // Arithmetic in float32 (float64 for float64), rounded once. Deterministic: each entry is computed alone.
 //
-// The cost is cold cache lines of the weight and of a dense gradient, as in scatter_apply. Entries go in blocks:
-// gathered into arrays, updated by a loop over contiguous numbers that the compiler vectorises, scattered. Prefetches
-// are spread over the scattering loop, so that the fill buffers are busy while the next block is computed. With a
-// master the weight is written only.
+// Entries go in blocks: gathered into arrays, updated by a loop over contiguous numbers, scattered with prefetches of
+// later ones between; NOTES.md says why. With a master the weight is written only.
 #pragma once
 
 #include "../shared/adamw.h"
-#include "kernels.h"
+#include "masked_adamw_types.h"
 
 namespace shira::SHIRA_ISA {
 

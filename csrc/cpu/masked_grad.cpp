@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../host/delta_checks.h"
 #include "csr.h"
 #include "lists.h"
 #include "memory.h"
@@ -79,21 +80,19 @@ void run(const MaskedGrad& kernel, const CsrRows& entries, const Tensor& grad_ou
 }
 
 CsrRows check(const Tensor& grad_output, const Tensor& x, const Tensor& row_ptr, const Tensor& col) {
-  const int32_t dtype = dtype_of(x);
-  if (element_of(dtype) == Element::Other)
-    fail(kOp, "x", "must be float64, float32, bfloat16 or float16, got " + dtype_name(dtype));
-  if (dtype_of(grad_output) != dtype)
-    fail(kOp, "grad_output", "must be " + dtype_name(dtype) + " like x, got " + dtype_name(dtype_of(grad_output)));
-  if (x.dim() == 0) fail(kOp, "x", "must have at least one dimension, [..., in]");
+  check_input(kOp, x);
+  if (dtype_of(grad_output) != dtype_of(x))
+    fail(kOp, "grad_output",
+         "must be " + dtype_name(dtype_of(x)) + " like x, got " + dtype_name(dtype_of(grad_output)));
   bool same = grad_output.dim() == x.dim();
   for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = grad_output.size(i) == x.size(i);
   if (!same)
     fail(kOp, "grad_output", "must be [..., out] beside x [..., in] " + shape_of(x) + ", got " + shape_of(grad_output));
   if (!same_device(grad_output, x)) fail(kOp, "grad_output", "must be on the device of x");
-  const CsrRows entries = check_csr(kOp, row_ptr, col, x, grad_output.size(grad_output.dim() - 1), x.size(x.dim() - 1),
-                                    "grad_output has columns");
+  check_csr(kOp, row_ptr, col, x, last_size(grad_output), "grad_output has columns");
   refuse_grad(kOp, {"grad_output", grad_output});
   refuse_grad(kOp, {"x", x});
+  const CsrRows entries = rows_of(row_ptr, col, last_size(x));
   check_csr_contents(kOp, entries, col.numel(), cpu_kernels());
   return entries;
 }

@@ -12,7 +12,7 @@
 // are added by the processor's dot product.
 #pragma once
 
-#include "kernels.h"
+#include "masked_grad_types.h"
 #include "vectors.h"
 
 namespace shira::SHIRA_ISA {

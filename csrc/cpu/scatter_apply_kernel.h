@@ -11,23 +11,11 @@
 // chooses whose payload is kept, and may choose otherwise for blocks: the one thing that how threads split a list can
 // change.)
 //
-// The cost is cache lines, not instructions: at 2 % of a float32 weight 28 % of its lines are read and written back.
-// In a plain loop only the stores in the store buffer wait for lines at the same time; a prefetch for writing 64
-// entries ahead keeps all fill buffers busy: 1.55 times faster (float32 and bfloat16, 4096 x 4096, cold), and reading
-// the old entry then costs 3 to 5 %. Measured the same: distances from 24 to 256, prefetches for reading, and with the
-// non-temporal hint. Slower: prefetches into the second cache alone (1.1) or before the first (1.15), and a pass of its
-// own for `saved`.
-//
-// In a mask of aligned runs the lists and the pages of the weight are what is left: 24 blocks ahead is as good as 16 or
-// 48, and `values` and `saved` are worth prefetches too. Against single entries one by one (4096 x 4096, 2 %, cold,
-// bfloat16 and float32), runs of 32 are written 2.2 and 1.9 times as fast, runs of 8 1.3 and 1.3 times; random entries
-// as fast as before if the question is asked once for 8 of them, 3 to 5 % slower if at each. What is then a third of
-// the whole is the check that indices rise: it has to read each of them, since a block's first and last tell nothing of
-// those between unless they are known to be sorted.
+// The cost is cache lines that wait, so lines are prefetched for writing; NOTES.md says what was measured.
 #pragma once
 
 #include "../shared/element.h"
-#include "kernels.h"
+#include "scatter_apply_types.h"
 
 namespace shira::SHIRA_ISA {
 

@@ -1,7 +1,7 @@
 // sparse_delta_mm_batched on the CPU: sparse_delta_mm of each adapter's tokens.
 #include <cstring>
 
-#include "sparse_delta_mm.h"
+#include "delta_product.h"
 
 namespace shira {
 

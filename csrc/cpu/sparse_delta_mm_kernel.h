@@ -7,24 +7,10 @@
 // 64. The caller gives each thread its own rows of the delta: no race. Sums are in float32 (float64 for float64), entry
 // after entry of a row, so a token's result is the same bits with any number of threads, and in any block. A token that
 // is alone with its adapter goes another way: sparse_delta_token_kernel.h.
-//
-// What was measured (4096 x 4096, 1 %, one thread, entries and x in cache, AVX-512): 0.9 ns an entry for 8 tokens, 1.0
-// for 16, 1.4 for 32, 2.6 for 64, which is 40 bytes a cycle from the second cache (1.6 where the first holds the
-// panel). A panel of bfloat16 takes 2.3 for 64, and 13 to 20 % off the kernel's time, since packing takes half as long,
-// and out no shuffles to widen and narrow: 32 tokens are one load, two unpackings and two products, and what counts is
-// the ports that shuffle. Not faster: a second or fourth sum a row, prefetches of the panel, shifts and masks in place
-// of unpackings (2.6), pairs of entries by AVX512-BF16 (2.7: vdpbf16ps takes two cycles; its bits are those of one
-// product added after the other), two values from one load, squares of 64 rows, other distances of prefetches of out.
-// 128 tokens of bfloat16 take 2.2 for each 64 where nothing else uses the second cache, else more than 64 do. Nor AMX,
-// with tiles of 32 entries beside the columns they name (2.6): to gather those takes 2.3, to multiply them 1. Left
-// out, for 8 tokens: panels of bfloat16 (2 % off), entries widened ahead for two rows at a time (a sixth off). Panels
-// lie in pages of 2 MB, which take up to a fourth off (11008 columns); they are kept, for clearing them takes 0.2 ms.
-// What is beside the entries: packing is a tenth, out a fifth of 64 tokens' time, most of it to transpose and round
-// (sums leave the first cache until they are read). Its rows lie far apart, often in one set of the first cache, so
-// their lines are asked for a square ahead, and once more when their turn comes.
+// NOTES.md says what was measured and tried.
 #pragma once
 
-#include "kernels.h"
+#include "sparse_delta_types.h"
 #include "vectors.h"
 
 namespace shira::SHIRA_ISA {

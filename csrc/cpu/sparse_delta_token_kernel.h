@@ -11,16 +11,10 @@
 // an output when all are known to fit. Products are formed of as many entries as a vector holds, over the borders of
 // rows, for as many rows as have theirs in the first cache together, and are summed by rows from there; rows of up to
 // 64 entries go 16 at a time without a branch that depends on the length of one.
-//
-// What was measured (1024 x 1024, 1.07 %, one thread, AVX-512), in the time of the gathers alone, which 8 lanes at a
-// time, or loads one by one, do not beat: 2.1 in cache, 1.5 where entries come from memory; without checks 1.7 and 1.2.
-// Offsets and lengths of rows must be stored as whole vectors and loaded one by one: where compilers took the vectors
-// apart, and together again, all was a third slower. Between the products of a base model reading entries takes longer,
-// with pages of 2 MB as with small ones. A gather for each row, which leaves lanes idle, took 2.2 in cache. Not faster:
-// checks in the loop of the gathers.
+// NOTES.md says what was measured.
 #pragma once
 
-#include "kernels.h"
+#include "sparse_delta_types.h"
 #include "vectors.h"
 
 namespace shira::SHIRA_ISA {
@@ -49,7 +43,7 @@ struct ColumnFacts {
   Col largest;
 };
 
-// Of kProducts columns at most.
+// Gathers the facts of at most kProducts columns.
 template <class Col>
 inline ColumnFacts<Col> facts_of(const Col* col, int64_t count) {
   constexpr int N = kLanes<Col>;
@@ -140,7 +134,7 @@ struct RowSpans {
   alignas(64) int32_t begin[N];
   alignas(64) int32_t count[N];
 
-  // Of `rows` rows, whose first entry is `first` or later; the others have no entries.
+  // Reads `rows` rows, whose first entry is `first` or later; the others have no entries.
   template <class Index>
   RowSpans(const Index* borders, int64_t rows, int64_t first) {
     Index filled[N + 1];
@@ -334,7 +328,8 @@ class TokenSums {
     return lanes;
   }
 
-  // Of entries [begin, begin + count). How often their columns fall, in rows or between them.
+  // Forms the products of entries [begin, begin + count). Returns how often their columns fall, in rows or between
+  // them.
   int64_t form_products(int64_t begin, int64_t count) {
     const int64_t columns = entries_.rows.columns;
     now_ = neighbours(begin, count);

@@ -6,16 +6,14 @@
 // rise as floats do, and -0 gets the key of +0. Shapes: score [count]; counts [4, digits]; the caller gives each
 // thread its own run and tables: no race. Integers only, so the result is the same at any number of threads.
 //
-// Both passes look at blocks of scores with no branch inside, which are vectorised, and go into those only that have a
-// key of interest: at 1 % of the scores memory is the limit, not the counting. What the first pass counts is kept, if
-// it is little, and later passes read only that. Where every score is counted, consecutive ones go to different tables:
-// equal digits in a row would wait for each other's store.
+// Both passes go into those blocks of scores only that have a key of interest. What the first pass counts is kept, if
+// it is little, and later passes read only that. NOTES.md says what limits them.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "kernels.h"
+#include "topk_indices_types.h"
 
 namespace shira::SHIRA_ISA {
 

@@ -174,7 +174,8 @@ inline void copy_square(const Row& row, C* to, int64_t stride) {
   for (int i = 0; i < N; ++i) memcpy(to + i * stride, &rows[i], sizeof(rows[i]));
 }
 
-// The same from N rows of 2 N columns of bfloat16, of which two neighbours are transposed as one: half the shuffles.
+// As copy_square, from N rows of 2 N columns of bfloat16, of which two neighbours are transposed as one: half the
+// shuffles.
 template <int N, class Row>
 inline void copy_square_of_pairs(const Row& row, float* to, int64_t stride) {
   Lanes<uint32_t, N> pairs[N];

@@ -91,7 +91,7 @@ struct Run {
   int first_part, last_part;
 };
 
-// What a block's entries [begin, end) have in the parts of the batch; may be nothing. The same for all threads.
+// What a block's entries [begin, end) have in the parts of the batch, which may be nothing. All threads get the same.
 template <class Target, int kParts>
 __device__ inline Run run_of(const Batch<Target, kParts>& batch, int list, int64_t begin, int64_t end) {
   Run run{begin, end, 0, 0};

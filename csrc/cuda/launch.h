@@ -68,7 +68,7 @@ void for_each_batch(const BatchCall (&lists)[Target::kLists], const MakeTarget& 
   }
 }
 
-// The same by the instance with the fewest bytes that holds all weights, or as few launches of the largest as it takes.
+// Launches the instance with the fewest bytes that holds all weights, or the largest as few times as it takes.
 template <class Target, class MakeTarget, class F>
 void over_batches(const BatchCall (&lists)[Target::kLists], const MakeTarget& target, const F& f) {
   const auto weights = static_cast<int>(lists[0].parts.size());

@@ -110,6 +110,7 @@ AdamWCall check_adamw(const char* op, const std::vector<Tensor>& weights, const 
     refuse_grad(op, name, grads[i]);
     spans.emplace_back(name, grads[i], false);
   }
+  refuse_grad(op, "step", step);
   spans.emplace_back("offsets", offsets, false);
   spans.emplace_back("indices", indices, false);
   spans.emplace_back("step", step, false);

@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-# op -> its module, which offers `check` (the checks before a kernel; returns what is written) and `default`.
-OPS = {
-    module.name: importlib.import_module(f"{__name__}.{module.name}")
-    for module in pkgutil.iter_modules(__path__)
-    if not module.name.startswith("_")
-}
+from shira_kernels.ops import _library
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+OPS = {op: _library.OPS[op] for op in sorted(_library.OPS)}

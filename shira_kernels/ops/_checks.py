@@ -10,7 +10,6 @@ import torch
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 COLUMN_DTYPES = (torch.int32, torch.uint16)
-ARITHMETIC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Named = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -68,7 +67,7 @@ def check_index_contents(op: str, indices: torch.Tensor, numel: int, argument: s
 def check_offsets(
     op: str, offsets: torch.Tensor, count: int, weights: list[torch.Tensor], argument: str = "offsets"
 ) -> None:
-    """The form of the offsets of a batch of `count` tensors."""
+    """Checks the form of the offsets of a batch of `count` tensors."""
     if offsets.dtype != torch.int64:
         fail(op, argument, f"must be int64, got {offsets.dtype}")
     if offsets.dim() != 1 or not offsets.is_contiguous():
@@ -92,7 +91,7 @@ def _shorten(numbers: list[int]) -> str:
 
 
 def check_csr(op: str, row_ptr: torch.Tensor, col: torch.Tensor, rows: int, like: torch.Tensor, what: str) -> None:
-    """The form of the entries of a matrix of so many rows; `what` says in errors whose rows these are."""
+    """Checks the form of the entries of a matrix of `rows` rows; `what` says in errors whose rows these are."""
     if row_ptr.dtype not in INDEX_DTYPES:
         fail(op, "row_ptr", f"must be int32 or int64, got {row_ptr.dtype}")
     if col.dtype not in COLUMN_DTYPES:
@@ -124,13 +123,15 @@ def check_csr_contents(op: str, row_ptr: torch.Tensor, col: torch.Tensor, width:
 
 
 def check_overlap(op: str, written: Named, read: Named) -> None:
-    """No written tensor shares memory with any other tensor. All are contiguous."""
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name, is_written)
+    """No written tensor, which are contiguous, shares memory with any other that a kernel reads: of one that is not
+    contiguous it reads a copy."""
+    spans = [
+        (begin := tensor.data_ptr(), begin + tensor.nbytes, name, is_written)
         for group, is_written in ((written, True), (read, False))
         for name, tensor in group
-        if tensor.numel()
-    )
+        if tensor.nbytes and tensor.is_contiguous()
+    ]
+    spans.sort()
     # The furthest end so far, of all spans and of the written ones, with the names of their tensors.
     reach, reach_written = (0, ""), (0, "")
     for begin, end, name, is_written in spans:

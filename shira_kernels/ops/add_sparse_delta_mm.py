@@ -19,7 +19,7 @@ OP = "add_sparse_delta_mm"
 
 
 def check_out(op: str, out: torch.Tensor, x: torch.Tensor) -> None:
-    """The form of what is added to."""
+    """Checks the form of what is added to."""
     if out.dtype != x.dtype:
         _checks.fail(op, "out", f"must be {x.dtype} like x, got {out.dtype}")
     if out.device != x.device:
@@ -28,40 +28,25 @@ def check_out(op: str, out: torch.Tensor, x: torch.Tensor) -> None:
         _checks.fail(op, "out", f"must be [..., out] beside x [..., in] {tuple(x.shape)}, got {tuple(out.shape)}")
     if out.layout != torch.strided or not out.is_contiguous():
         _checks.fail(op, "out", f"must be contiguous, got strides {getattr(out, 'stride', tuple)()}")
-    if any(tensor.is_conj() or tensor.is_neg() for tensor in (out, x)):
+    if out.is_conj() or out.is_neg() or x.is_conj() or x.is_neg():
         _checks.fail(op, "out and x", "must not be lazily negated or conjugated")
 
 
-def fake(out: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor) -> None:
+def form(out: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor) -> None:
     check_input(OP, x)
     check_out(OP, out, x)
     _checks.check_csr(OP, row_ptr, col, out.shape[-1], x, "out has columns")
     check_values(OP, values, col, x)
 
 
-def check(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    row_ptr: torch.Tensor,
-    col: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on; returns what it writes. Without `contents` row_ptr and col stay unread."""
-    fake(out, x, row_ptr, col, values)
-    _checks.check_autograd(OP, [("out", out)], [("x", x), ("values", values)])
-    x = x.contiguous()  # what a kernel reads; another tensor is checked for nothing
-    _checks.check_overlap(OP, [("out", out)], [("x", x), ("row_ptr", row_ptr), ("col", col), ("values", values)])
-    if contents:
-        _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1])
-    return [out]
+def contents(out: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, *_: torch.Tensor) -> None:
+    _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1])
 
 
-default = define(
+define(
     f"{OP}(Tensor(a!) out, Tensor x, Tensor row_ptr, Tensor col, Tensor values) -> ()",
-    fake=fake,
-    check=check,
+    form=form,
+    contents=contents,
     reference=reference.add_sparse_delta_mm,
 )
 

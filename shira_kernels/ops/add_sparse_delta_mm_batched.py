@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.ops.add_sparse_delta_mm import check_out
 from shira_kernels.ops.sparse_delta_mm import check_input
@@ -21,7 +20,7 @@ from shira_kernels.reference import add_sparse_delta_mm_batched as reference
 OP = "add_sparse_delta_mm_batched"
 
 
-def fake(
+def form(
     out: torch.Tensor,
     x: torch.Tensor,
     token_adapter: torch.Tensor,
@@ -35,7 +34,7 @@ def fake(
     check_adapters(OP, x, token_adapter, row_ptr, col, values, out.shape[-1], page_table)
 
 
-def check(
+def contents(
     out: torch.Tensor,
     x: torch.Tensor,
     token_adapter: torch.Tensor,
@@ -43,25 +42,15 @@ def check(
     col: torch.Tensor,
     values: torch.Tensor,
     page_table: torch.Tensor | None = None,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on; returns what it writes. Without `contents` only shapes are read."""
-    fake(out, x, token_adapter, row_ptr, col, values, page_table)
-    _checks.check_autograd(OP, [("out", out)], [("x", x), ("values", values)])
-    read = [("x", x.contiguous()), ("token_adapter", token_adapter), ("row_ptr", row_ptr), ("col", col)]
-    read += [("values", values)] + ([] if page_table is None else [("page_table", page_table)])
-    _checks.check_overlap(OP, [("out", out)], read)
-    if contents:
-        check_adapter_contents(OP, x.shape[-1], token_adapter, row_ptr, col, page_table)
-    return [out]
+) -> None:
+    check_adapter_contents(OP, x.shape[-1], token_adapter, row_ptr, col, page_table)
 
 
-default = define(
+define(
     f"{OP}(Tensor(a!) out, Tensor x, Tensor token_adapter, Tensor row_ptr, Tensor col, Tensor values, "
     "Tensor? page_table=None) -> ()",
-    fake=fake,
-    check=check,
+    form=form,
+    contents=contents,
     reference=reference.add_sparse_delta_mm_batched,
 )
 

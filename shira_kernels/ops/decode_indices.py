@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.ops.encode_indices import check_numel
@@ -19,8 +20,7 @@ from shira_kernels.reference.encode_indices import table_bytes
 OP = "decode_indices"
 
 
-def _check_form(code: torch.Tensor, nnz: int, numel: int) -> None:
-    """What can be checked without the code's size."""
+def form(code: torch.Tensor, nnz: int, numel: int) -> None:
     if code.dtype != torch.uint8:
         _checks.fail(OP, "code", f"must be uint8, got {code.dtype}")
     _checks.check_vector(OP, "code", code, code)
@@ -29,23 +29,17 @@ def _check_form(code: torch.Tensor, nnz: int, numel: int) -> None:
         _checks.fail(OP, "nnz", f"must lie in [0, {numel}], got {nnz}")
 
 
-def fake(code: torch.Tensor, nnz: int, numel: int) -> torch.Tensor:
-    _check_form(code, nnz, numel)
-    return code.new_empty(nnz, dtype=torch.int32 if numel < 2**31 else torch.int64)
-
-
-def check(code: torch.Tensor, nnz: int, numel: int, *, contents: bool = True) -> list[torch.Tensor]:
-    """All that a kernel may rely on; what the code holds is checked where it is decoded."""
-    _check_form(code, nnz, numel)
+def contents(code: torch.Tensor, nnz: int, *_: int) -> None:
+    """The code's size, which is not known where it is traced; what it holds is checked where it is decoded."""
     if code.numel() < table_bytes(nnz) + nnz or (nnz == 0 and code.numel()):
         _checks.fail(OP, "code", f"must hold the code of {nnz} indices, got {code.numel()} bytes")
-    return []
 
 
-default = define(
+define(
     f"{OP}(Tensor code, int nnz, int numel) -> Tensor",
-    fake=fake,
-    check=check,
+    form=form,
+    fake=lambda code, nnz, numel: code.new_empty(nnz, dtype=index_dtype(numel)),
+    contents=contents,
     reference=reference.decode_indices,
 )
 

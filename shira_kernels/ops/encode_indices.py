@@ -13,6 +13,8 @@ has no kernels for GPUs.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from shira_kernels.ops import _checks
@@ -28,25 +30,20 @@ def check_numel(op: str, numel: int) -> None:
         _checks.fail(op, "numel", f"must lie in [0, 2^62], got {numel}")
 
 
-def fake(indices: torch.Tensor, numel: int) -> torch.Tensor:
+def form(indices: torch.Tensor, numel: int) -> None:
     _checks.check_indices(OP, indices, indices)
     check_numel(OP, numel)
+
+
+def fake(indices: torch.Tensor, numel: int) -> torch.Tensor:
     return indices.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
-def check(indices: torch.Tensor, numel: int, *, contents: bool = True) -> list[torch.Tensor]:
-    """All that a kernel may rely on. Without `contents` the indices stay unread."""
-    _checks.check_indices(OP, indices, indices)
-    check_numel(OP, numel)
-    if contents:
-        _checks.check_index_contents(OP, indices, numel)
-    return []
-
-
-default = define(
+define(
     f"{OP}(Tensor indices, int numel) -> Tensor",
+    form=form,
     fake=fake,
-    check=check,
+    contents=functools.partial(_checks.check_index_contents, OP),
     reference=reference.encode_indices,
 )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import extract_changed as reference
@@ -19,8 +20,7 @@ OP = "extract_changed"
 Changed = tuple[torch.Tensor, torch.Tensor]
 
 
-def _check_form(base: torch.Tensor, tuned: torch.Tensor) -> torch.dtype:
-    """What can be checked without data. Returns the dtype of the indices."""
+def form(base: torch.Tensor, tuned: torch.Tensor) -> None:
     for argument, tensor in (("base", base), ("tuned", tuned)):
         if tensor.layout != torch.strided:
             _checks.fail(OP, argument, f"must be a strided tensor, got {tensor.layout}")
@@ -32,26 +32,17 @@ def _check_form(base: torch.Tensor, tuned: torch.Tensor) -> torch.dtype:
         _checks.fail(OP, "tuned", f"must have the shape of base, {tuple(base.shape)}, got {tuple(tuned.shape)}")
     if tuned.device != base.device:
         _checks.fail(OP, "tuned", f"must be on {base.device} like base, got {tuned.device}")
-    return torch.int32 if base.numel() < 2**31 else torch.int64
 
 
 def fake(base: torch.Tensor, tuned: torch.Tensor) -> Changed:
-    dtype = _check_form(base, tuned)
     changed = torch.library.get_ctx().new_dynamic_size()
-    return base.new_empty(changed, dtype=dtype), tuned.new_empty(changed)
+    return base.new_empty(changed, dtype=index_dtype(base.numel())), tuned.new_empty(changed)
 
 
-def check(base: torch.Tensor, tuned: torch.Tensor, *, contents: bool = True) -> list[torch.Tensor]:
-    """All that a kernel may rely on; any contents will do."""
-    _check_form(base, tuned)
-    _checks.check_autograd(OP, [], [("base", base), ("tuned", tuned)])
-    return []
-
-
-default = define(
+define(
     f"{OP}(Tensor base, Tensor tuned) -> (Tensor, Tensor)",
+    form=form,
     fake=fake,
-    check=check,
     reference=reference.extract_changed,
 )
 

@@ -15,8 +15,11 @@ Arithmetic is in float32 (float64 for float64 values), each operation rounded on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import fuse_adapters as reference
@@ -26,10 +29,7 @@ POLICIES = ("sum", "mean", "last", "ties")
 Fused = tuple[torch.Tensor, torch.Tensor]
 
 
-def _check_form(
-    indices: list[torch.Tensor], values: list[torch.Tensor], weights: torch.Tensor, policy: str
-) -> torch.dtype:
-    """What can be checked without data. Returns the dtype of the result's indices."""
+def form(indices: list[torch.Tensor], values: list[torch.Tensor], weights: torch.Tensor, policy: str = "sum") -> None:
     if policy not in POLICIES:
         _checks.fail(OP, "policy", f"must be one of {', '.join(POLICIES)}, got {policy!r}")
     if not indices:
@@ -37,7 +37,7 @@ def _check_form(
     if len(values) != len(indices):
         _checks.fail(OP, "values", f"must hold one tensor per list of indices ({len(indices)}), got {len(values)}")
     dtype = values[0].dtype
-    if dtype not in _checks.ARITHMETIC_DTYPES:
+    if dtype not in ARITHMETIC:
         _checks.fail(OP, "values[0]", f"must be float64, float32, bfloat16 or float16, got {dtype}")
     for k, (positions, entries) in enumerate(zip(indices, values, strict=True)):
         if positions.dtype not in _checks.INDEX_DTYPES:
@@ -51,40 +51,27 @@ def _check_form(
     _checks.check_vector(OP, "weights", weights, indices[0])
     if weights.shape[0] != len(indices):
         _checks.fail(OP, "weights", f"must have one number per list ({len(indices)}), got {weights.shape[0]}")
-    return torch.int64 if any(positions.dtype == torch.int64 for positions in indices) else torch.int32
 
 
-def fake(indices: list[torch.Tensor], values: list[torch.Tensor], weights: torch.Tensor, policy: str = "sum") -> Fused:
-    dtype = _check_form(indices, values, weights, policy)
-    union = torch.library.get_ctx().new_dynamic_size()
-    return indices[0].new_empty(union, dtype=dtype), values[0].new_empty(union)
-
-
-def check(
-    indices: list[torch.Tensor],
-    values: list[torch.Tensor],
-    weights: torch.Tensor,
-    policy: str = "sum",
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on. Without `contents` the indices stay unread."""
-    _check_form(indices, values, weights, policy)
-    _checks.check_autograd(
-        OP, [], [*((f"values[{k}]", entries) for k, entries in enumerate(values)), ("weights", weights)]
-    )
-    for k, positions in enumerate(indices if contents else ()):
+def contents(indices: list[torch.Tensor], *_: Any) -> None:
+    for k, positions in enumerate(indices):
         if not bool((positions[1:] > positions[:-1]).all()):
             _checks.fail(OP, f"indices[{k}]", "must be sorted and unique")
         if positions.numel() and int(positions[0]) < 0:
             _checks.fail(OP, f"indices[{k}]", f"must not be negative, got {int(positions[0])}")
-    return []
 
 
-default = define(
+def fake(indices: list[torch.Tensor], values: list[torch.Tensor], *_: Any) -> Fused:
+    union = torch.library.get_ctx().new_dynamic_size()
+    wide = any(positions.dtype == torch.int64 for positions in indices)
+    return indices[0].new_empty(union, dtype=torch.int64 if wide else torch.int32), values[0].new_empty(union)
+
+
+define(
     f'{OP}(Tensor[] indices, Tensor[] values, Tensor weights, str policy="sum") -> (Tensor, Tensor)',
+    form=form,
     fake=fake,
-    check=check,
+    contents=contents,
     reference=reference.fuse_adapters,
 )
 

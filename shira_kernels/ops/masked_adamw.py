@@ -16,10 +16,12 @@ roots are torch's, may differ in the last.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import masked_adamw as reference
@@ -27,7 +29,7 @@ from shira_kernels.reference import masked_adamw as reference
 OP = "masked_adamw"
 
 
-def fake(
+def form(
     weights: list[torch.Tensor],
     offsets: torch.Tensor,
     indices: torch.Tensor,
@@ -58,7 +60,7 @@ def fake(
         _check_grad(f"grads[{i}]", grads[i], weight, grads[0])
     states = [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)] + ([] if master is None else [("master", master)])
     for argument, tensor in states:
-        if weights and tensor.dtype != (compute := torch.promote_types(like.dtype, torch.float32)):
+        if weights and tensor.dtype != (compute := compute_dtype(like.dtype)):
             _checks.fail(OP, argument, f"must be {compute} for {like.dtype} weights, got {tensor.dtype}")
         _checks.check_vector(OP, argument, tensor, like, indices.shape[0])
     if step.dtype != torch.float32 or step.dim() != 0:
@@ -68,7 +70,7 @@ def fake(
 
 
 def _check_weight(argument: str, weight: torch.Tensor, first: torch.Tensor) -> None:
-    if weight.dtype not in _checks.ARITHMETIC_DTYPES:
+    if weight.dtype not in ARITHMETIC:
         _checks.fail(OP, argument, f"must be float64, float32, bfloat16 or float16, got {weight.dtype}")
     if weight.dtype != first.dtype:
         _checks.fail(OP, argument, f"must be {first.dtype} like weights[0], got {weight.dtype}")
@@ -100,7 +102,30 @@ def _check_memory(argument: str, tensor: torch.Tensor) -> None:
         _checks.fail(OP, argument, "must not be lazily negated")
 
 
-def check(
+def _check_step(step: torch.Tensor) -> None:
+    number = float(step)
+    if not (number >= 1 and number.is_integer()):
+        _checks.fail(OP, "step", f"must be a whole number of at least 1, got {number}")
+
+
+def _check_lengths(
+    weights: list[torch.Tensor], offsets: torch.Tensor, indices: torch.Tensor, grads: list[torch.Tensor]
+) -> list[int]:
+    """The offsets, and that each compact gradient is as long as its weight's part. Returns the offsets."""
+    borders = _checks.check_offset_contents(OP, offsets, indices.numel())
+    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        count = borders[i + 1] - borders[i]
+        if grad.shape != weight.shape and grad.numel() != count:
+            _checks.fail(
+                OP,
+                f"grads[{i}]",
+                f"must have the weight's shape {tuple(weight.shape)} or be 1-D with one entry per index ({count}), "
+                f"got shape {tuple(grad.shape)}",
+            )
+    return borders
+
+
+def check_contents(
     weights: list[torch.Tensor],
     offsets: torch.Tensor,
     indices: torch.Tensor,
@@ -109,50 +134,27 @@ def check(
     exp_avg_sq: torch.Tensor,
     master: torch.Tensor | None,
     step: torch.Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on; returns what it writes. Without `contents` what a GPU holds stays unread."""
-    fake(
-        weights, offsets, indices, grads, exp_avg, exp_avg_sq, master, step, lr, beta1, beta2, eps, weight_decay
-    )  # fmt: skip
-    written = [(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
-    written += [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)] + ([] if master is None else [("master", master)])
-    read = [(f"grads[{i}]", grad) for i, grad in enumerate(grads)]
-    _checks.check_autograd(OP, written, read)
-    _checks.check_overlap(OP, written, [*read, ("offsets", offsets), ("indices", indices), ("step", step)])
-    if contents or step.device.type == "cpu":
-        number = float(step)
-        if not (number >= 1 and number.is_integer()):
-            _checks.fail(OP, "step", f"must be a whole number of at least 1, got {number}")
-    if contents or offsets.device.type == "cpu":
-        borders = _checks.check_offset_contents(OP, offsets, indices.numel())
-        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-            count = borders[i + 1] - borders[i]
-            if grad.shape != weight.shape and grad.numel() != count:
-                _checks.fail(
-                    OP,
-                    f"grads[{i}]",
-                    f"must have the weight's shape {tuple(weight.shape)} or be 1-D with one entry per index ({count}), "
-                    f"got shape {tuple(grad.shape)}",
-                )
-            if contents:
-                part = indices[borders[i] : borders[i + 1]]
-                _checks.check_index_contents(f"{OP}: weights[{i}]", part, weight.numel())
-    return [tensor for _, tensor in written]
+    *_: float,
+    wait: bool,
+) -> None:
+    """Without `wait` indices stay unread, and what else a GPU holds."""
+    if wait or step.is_cpu:
+        _check_step(step)
+    if not (wait or offsets.is_cpu):
+        return
+    borders = _check_lengths(weights, offsets, indices, grads)
+    for i, weight in enumerate(weights if wait else ()):
+        part = indices[borders[i] : borders[i + 1]]
+        _checks.check_index_contents(f"{OP}: weights[{i}]", part, weight.numel())
 
 
-default = define(
+define(
     f"{OP}(Tensor(a!)[] weights, Tensor offsets, Tensor indices, Tensor[] grads, Tensor(b!) exp_avg, "
     "Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor step, float lr, float beta1, float beta2, float eps, "
     "float weight_decay) -> ()",
-    fake=fake,
-    check=check,
+    form=form,
+    contents=functools.partial(check_contents, wait=True),
+    host_contents=functools.partial(check_contents, wait=False),
     reference=reference.masked_adamw,
     host="Tensor",
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import masked_grad as reference
@@ -17,8 +18,8 @@ from shira_kernels.reference import masked_grad as reference
 OP = "masked_grad"
 
 
-def fake(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
-    if x.dtype not in _checks.ARITHMETIC_DTYPES:
+def form(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> None:
+    if x.dtype not in ARITHMETIC:
         _checks.fail(OP, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if grad_output.dtype != x.dtype:
         _checks.fail(OP, "grad_output", f"must be {x.dtype} like x, got {grad_output.dtype}")
@@ -34,24 +35,13 @@ def fake(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col:
     if grad_output.device != x.device:
         _checks.fail(OP, "grad_output", f"must be on {x.device} like x, got {grad_output.device}")
     _checks.check_csr(OP, row_ptr, col, grad_output.shape[-1], x, "grad_output has columns")
-    return x.new_empty(col.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def check(
-    grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, *, contents: bool = True
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on. Without `contents` the values of row_ptr and col stay unread."""
-    fake(grad_output, x, row_ptr, col)
-    _checks.check_autograd(OP, [], [("grad_output", grad_output), ("x", x)])
-    if contents:
-        _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1])
-    return []
-
-
-default = define(
+define(
     f"{OP}(Tensor grad_output, Tensor x, Tensor row_ptr, Tensor col) -> Tensor",
-    fake=fake,
-    check=check,
+    form=form,
+    fake=lambda grad_output, x, row_ptr, col: x.new_empty(col.shape[0], dtype=compute_dtype(x.dtype)),
+    contents=lambda grad_output, x, row_ptr, col: _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1]),
     reference=reference.masked_grad,
 )
 

@@ -9,8 +9,12 @@ operation rounded on its own, and the result is rounded once to the weight's dty
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import scatter_apply as reference
@@ -23,19 +27,19 @@ def check_entries(
     weight: torch.Tensor,
     indices: torch.Tensor,
     values: torch.Tensor,
-    alpha: float,
-    additive: bool,
-    saved: torch.Tensor | None,
+    alpha: float = 1.0,
+    additive: bool = False,
+    saved: torch.Tensor | None = None,
     argument: str = "weight",
     names: _checks.ListNames = _checks.LIST_NAMES,
 ) -> None:
-    """What can be checked of one weight and its vectors without data."""
+    """Checks the form of one weight and of its vectors."""
     _checks.check_memory(op, argument, weight)
     if any(t is not None and (t.is_conj() or t.is_neg()) for t in (weight, values, saved)):
         _checks.fail(op, f"{argument}, {names.values} and saved", "must not be lazily negated or conjugated")
     if weight.element_size() > 8:
         _checks.fail(op, argument, f"must have elements of 1, 2, 4 or 8 bytes, got {weight.dtype}")
-    if (additive or alpha != 1.0) and weight.dtype not in _checks.ARITHMETIC_DTYPES:
+    if (additive or alpha != 1.0) and weight.dtype not in ARITHMETIC:
         _checks.fail(op, argument, f"must be floating point unless entries are replaced at alpha 1, got {weight.dtype}")
     if values.dtype != weight.dtype and not (additive and values.dtype == torch.float32):
         allowed = f"{weight.dtype} or float32" if additive else f"{weight.dtype} like the weight"
@@ -48,42 +52,15 @@ def check_entries(
         _checks.check_vector(op, "saved", saved, weight, indices.shape[0])
 
 
-def fake(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    alpha: float = 1.0,
-    additive: bool = False,
-    saved: torch.Tensor | None = None,
-) -> None:
-    check_entries(OP, weight, indices, values, alpha, additive, saved)
+def contents(weight: torch.Tensor, indices: torch.Tensor, *_: Any) -> None:
+    _checks.check_index_contents(OP, indices, weight.numel())
 
 
-def check(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    alpha: float = 1.0,
-    additive: bool = False,
-    saved: torch.Tensor | None = None,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on; returns what it writes. Without `contents` the index values stay unread."""
-    check_entries(OP, weight, indices, values, alpha, additive, saved)
-    written = [("weight", weight)] + ([] if saved is None else [("saved", saved)])
-    _checks.check_autograd(OP, written, [("values", values)])
-    _checks.check_overlap(OP, written, [("indices", indices), ("values", values)])
-    if contents:
-        _checks.check_index_contents(OP, indices, weight.numel())
-    return [tensor for _, tensor in written]
-
-
-default = define(
+define(
     f"{OP}(Tensor(a!) weight, Tensor indices, Tensor values, float alpha=1.0, bool additive=False, "
     "Tensor(b!)? saved=None) -> ()",
-    fake=fake,
-    check=check,
+    form=functools.partial(check_entries, OP),
+    contents=contents,
     reference=reference.scatter_apply,
     host="()",
 )

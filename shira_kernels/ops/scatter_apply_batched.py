@@ -6,6 +6,9 @@ scatter_apply. All weights share a dtype and a device.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from shira_kernels.ops import _checks
@@ -27,7 +30,7 @@ def check_lists(
     saved: torch.Tensor | None = None,
     names: _checks.ListNames = _checks.LIST_NAMES,
 ) -> None:
-    """What can be checked of several weights and their lists without data."""
+    """Checks the form of several weights and of their lists."""
     _checks.check_offsets(op, offsets, len(weights), weights, names.offsets)
     for i, weight in enumerate(weights):
         if weight.dtype != weights[0].dtype:
@@ -42,57 +45,25 @@ def check_list_contents(
     weights: list[torch.Tensor],
     offsets: torch.Tensor,
     indices: torch.Tensor,
-    contents: bool,
+    *_: Any,
+    wait: bool,
     names: _checks.ListNames = _checks.LIST_NAMES,
 ) -> None:
-    """What offsets and indices hold. Without `contents` indices stay unread, and offsets on a GPU too."""
-    if not contents and offsets.device.type != "cpu":
+    """Checks what offsets and indices hold. Without `wait` indices stay unread, and offsets on a GPU too."""
+    if not (wait or offsets.is_cpu):
         return
     borders = _checks.check_offset_contents(op, offsets, indices.numel(), names.offsets)
-    for i, weight in enumerate(weights if contents else ()):
+    for i, weight in enumerate(weights if wait else ()):
         part = indices[borders[i] : borders[i + 1]]
         _checks.check_index_contents(f"{op}: weights[{i}]", part, weight.numel(), names.indices)
 
 
-def fake(
-    weights: list[torch.Tensor],
-    offsets: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    alpha: float = 1.0,
-    additive: bool = False,
-    saved: torch.Tensor | None = None,
-) -> None:
-    check_lists(OP, weights, offsets, indices, values, alpha, additive, saved)
-
-
-def check(
-    weights: list[torch.Tensor],
-    offsets: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    alpha: float = 1.0,
-    additive: bool = False,
-    saved: torch.Tensor | None = None,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on; returns what it writes. Without `contents` what a GPU holds stays unread."""
-    fake(weights, offsets, indices, values, alpha, additive, saved)
-    written = [(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
-    if saved is not None:
-        written.append(("saved", saved))
-    _checks.check_autograd(OP, written, [("values", values)])
-    _checks.check_overlap(OP, written, [("offsets", offsets), ("indices", indices), ("values", values)])
-    check_list_contents(OP, weights, offsets, indices, contents)
-    return [tensor for _, tensor in written]
-
-
-default = define(
+define(
     f"{OP}(Tensor(a!)[] weights, Tensor offsets, Tensor indices, Tensor values, float alpha=1.0, bool additive=False, "
     "Tensor(b!)? saved=None) -> ()",
-    fake=fake,
-    check=check,
+    form=functools.partial(check_lists, OP),
+    contents=functools.partial(check_list_contents, OP, wait=True),
+    host_contents=functools.partial(check_list_contents, OP, wait=False),
     reference=reference.scatter_apply_batched,
     host="Tensor",
 )

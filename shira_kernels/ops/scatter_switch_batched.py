@@ -11,6 +11,9 @@ kept in `saved` and updated; of one in both, `old_saved` is what is kept and upd
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from shira_kernels.ops import _checks
@@ -22,7 +25,7 @@ OP = "scatter_switch_batched"
 OLD = _checks.ListNames("old_offsets", "old_indices", "old_saved")
 
 
-def fake(
+def form(
     weights: list[torch.Tensor],
     old_offsets: torch.Tensor,
     old_indices: torch.Tensor,
@@ -38,37 +41,26 @@ def fake(
     check_lists(OP, weights, old_offsets, old_indices, old_saved, names=OLD)
 
 
-def check(
+def check_contents(
     weights: list[torch.Tensor],
     old_offsets: torch.Tensor,
     old_indices: torch.Tensor,
     old_saved: torch.Tensor,
     offsets: torch.Tensor,
     indices: torch.Tensor,
-    values: torch.Tensor,
-    saved: torch.Tensor,
-    alpha: float = 1.0,
-    additive: bool = False,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on; returns what it writes. Without `contents` what a GPU holds stays unread."""
-    fake(weights, old_offsets, old_indices, old_saved, offsets, indices, values, saved, alpha, additive)
-    written = [*((f"weights[{i}]", weight) for i, weight in enumerate(weights)), ("saved", saved)]
-    lists = [("offsets", offsets), ("indices", indices), ("values", values)]
-    old_lists = list(zip(OLD, (old_offsets, old_indices, old_saved), strict=True))
-    _checks.check_autograd(OP, written, [("values", values), ("old_saved", old_saved)])
-    _checks.check_overlap(OP, written, [*lists, *old_lists])
-    check_list_contents(OP, weights, old_offsets, old_indices, contents, OLD)
-    check_list_contents(OP, weights, offsets, indices, contents)
-    return [tensor for _, tensor in written]
+    *_: Any,
+    wait: bool,
+) -> None:
+    check_list_contents(OP, weights, old_offsets, old_indices, wait=wait, names=OLD)
+    check_list_contents(OP, weights, offsets, indices, wait=wait)
 
 
-default = define(
+define(
     f"{OP}(Tensor(a!)[] weights, Tensor old_offsets, Tensor old_indices, Tensor old_saved, Tensor offsets, "
     "Tensor indices, Tensor values, Tensor(b!) saved, float alpha=1.0, bool additive=False) -> ()",
-    fake=fake,
-    check=check,
+    form=form,
+    contents=functools.partial(check_contents, wait=True),
+    host_contents=functools.partial(check_contents, wait=False),
     reference=reference.scatter_switch_batched,
     host="Tensor",
 )

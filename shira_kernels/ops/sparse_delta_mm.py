@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define, differentiable
 from shira_kernels.reference import sparse_delta_mm as reference
@@ -21,8 +22,8 @@ OP = "sparse_delta_mm"
 
 
 def check_input(op: str, x: torch.Tensor) -> None:
-    """The form of a layer's input."""
-    if x.dtype not in _checks.ARITHMETIC_DTYPES:
+    """Checks the form of a layer's input."""
+    if x.dtype not in ARITHMETIC:
         _checks.fail(op, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
         _checks.fail(op, "x", "must have at least one dimension, [..., in]")
@@ -31,8 +32,8 @@ def check_input(op: str, x: torch.Tensor) -> None:
 
 
 def check_values(op: str, values: torch.Tensor, col: torch.Tensor, x: torch.Tensor) -> None:
-    """The form of values beside col, which was checked."""
-    if values.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+    """Checks the form of values beside col, which was checked."""
+    if values.dtype not in (x.dtype, compute_dtype(x.dtype)):
         _checks.fail(op, "values", f"must be {x.dtype} like x, or float32 beside fewer bits, got {values.dtype}")
     if values.device != x.device:
         _checks.fail(op, "values", f"must be on {x.device} like the others, got {values.device}")
@@ -42,35 +43,22 @@ def check_values(op: str, values: torch.Tensor, col: torch.Tensor, x: torch.Tens
         _checks.fail(op, "values", "must be contiguous")
 
 
-def fake(
-    x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
-) -> torch.Tensor:
+def form(x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int) -> None:
     check_input(OP, x)
     _checks.check_csr(OP, row_ptr, col, out_features, x, "out_features")
     check_values(OP, values, col, x)
-    return x.new_empty((*x.shape[:-1], out_features))
 
 
-def check(
-    x: torch.Tensor,
-    row_ptr: torch.Tensor,
-    col: torch.Tensor,
-    values: torch.Tensor,
-    out_features: int,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on. Without `contents` the values of row_ptr and col stay unread."""
-    fake(x, row_ptr, col, values, out_features)
-    if contents:
-        _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1])
-    return []
+def contents(x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, *_: Any) -> None:
+    _checks.check_csr_contents(OP, row_ptr, col, x.shape[-1])
 
 
-default = define(
+define(
     f"{OP}(Tensor x, Tensor row_ptr, Tensor col, Tensor values, SymInt out_features) -> Tensor",
-    fake=fake,
-    check=check,
+    form=form,
+    fake=lambda x, row_ptr, col, values, out_features: x.new_empty((*x.shape[:-1], out_features)),
+    contents=contents,
+    allows_grad=True,
     reference=reference.sparse_delta_mm,
 )
 

@@ -14,6 +14,7 @@ have adapter -1.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NoReturn
 
@@ -35,9 +36,9 @@ def check_adapters(
     col: torch.Tensor,
     values: torch.Tensor,
     rows: int,
-    page_table: torch.Tensor | None,
+    page_table: torch.Tensor | None = None,
 ) -> None:
-    """What can be checked of stacked adapters without data."""
+    """Checks the form of stacked adapters and of their input."""
     check_input(op, x)
     if token_adapter.dtype != torch.int32:
         _checks.fail(op, "token_adapter", f"must be int32, got {token_adapter.dtype}")
@@ -117,7 +118,7 @@ def entries_of(
     return whole.view(-1)[first - begin * size : last - begin * size]
 
 
-def fake(
+def contents(
     x: torch.Tensor,
     token_adapter: torch.Tensor,
     row_ptr: torch.Tensor,
@@ -125,34 +126,19 @@ def fake(
     values: torch.Tensor,
     out_features: int,
     page_table: torch.Tensor | None = None,
-) -> torch.Tensor:
-    check_adapters(OP, x, token_adapter, row_ptr, col, values, out_features, page_table)
-    return x.new_empty((*x.shape[:-1], out_features))
+) -> None:
+    check_adapter_contents(OP, x.shape[-1], token_adapter, row_ptr, col, page_table)
 
 
-def check(
-    x: torch.Tensor,
-    token_adapter: torch.Tensor,
-    row_ptr: torch.Tensor,
-    col: torch.Tensor,
-    values: torch.Tensor,
-    out_features: int,
-    page_table: torch.Tensor | None = None,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on. Without `contents` only shapes are read."""
-    fake(x, token_adapter, row_ptr, col, values, out_features, page_table)
-    if contents:
-        check_adapter_contents(OP, x.shape[-1], token_adapter, row_ptr, col, page_table)
-    return []
-
-
-default = define(
+define(
     f"{OP}(Tensor x, Tensor token_adapter, Tensor row_ptr, Tensor col, Tensor values, SymInt out_features, "
     "Tensor? page_table=None) -> Tensor",
-    fake=fake,
-    check=check,
+    form=functools.partial(check_adapters, OP),
+    fake=lambda x, token_adapter, row_ptr, col, values, out_features, page_table: x.new_empty(
+        (*x.shape[:-1], out_features)
+    ),
+    contents=contents,
+    allows_grad=True,
     reference=reference.sparse_delta_mm_batched,
 )
 

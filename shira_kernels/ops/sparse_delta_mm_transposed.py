@@ -16,38 +16,23 @@ from typing import NamedTuple
 
 import torch
 
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.ops import _checks
-from shira_kernels.ops._library import declare
+from shira_kernels.ops._library import define
 from shira_kernels.ops.sparse_delta_mm import check_input, check_values
 
 OP = "sparse_delta_mm_transposed"
 COMPOSED_OF = "sparse_delta_mm"  # the op whose kernels it runs; it has none of its own
 
 
-def fake(
-    x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, in_features: int
-) -> torch.Tensor:
+def form(x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, in_features: int) -> None:
     check_input(OP, x)
     _checks.check_csr(OP, row_ptr, col, x.shape[-1], x, "x has columns")
     check_values(OP, values, col, x)
-    return x.new_empty((*x.shape[:-1], in_features))
 
 
-def check(
-    x: torch.Tensor,
-    row_ptr: torch.Tensor,
-    col: torch.Tensor,
-    values: torch.Tensor,
-    in_features: int,
-    *,
-    contents: bool = True,
-) -> list[torch.Tensor]:
-    """All that a kernel may rely on. Without `contents` the values of row_ptr and col stay unread."""
-    fake(x, row_ptr, col, values, in_features)
-    _checks.check_autograd(OP, [], [("x", x), ("values", values)])
-    if contents:
-        _checks.check_csr_contents(OP, row_ptr, col, in_features)
-    return []
+def contents(x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, in_features: int) -> None:
+    _checks.check_csr_contents(OP, row_ptr, col, in_features)
 
 
 class Index(NamedTuple):
@@ -99,7 +84,7 @@ def build(row_ptr: torch.Tensor, col: torch.Tensor, in_features: int) -> Index:
     entries = torch.arange(col.numel(), dtype=row_ptr.dtype, device=col.device)
     rows = torch.searchsorted(row_ptr, entries, right=True, out_int32=True) - 1
     ends = torch.searchsorted(columns, torch.arange(in_features + 1, dtype=torch.int32, device=col.device))
-    small = torch.int32 if col.numel() < 2**31 else torch.int64
+    small = index_dtype(col.numel())
     narrow = torch.uint16 if row_ptr.numel() <= 2**16 + 1 else torch.int32
     return Index(ends.to(small), rows[order].to(narrow), order.to(small))
 
@@ -118,17 +103,13 @@ def compose(
         return product(x, index.row_ptr, index.col, values.index_select(0, index.order), in_features)
 
 
-def default(
-    x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, in_features: int
-) -> torch.Tensor:
-    check(x, row_ptr, col, values, in_features)
-    return compose(torch.ops.shira.sparse_delta_mm, x, row_ptr, col, values, in_features)
-
-
-declare(
+define(
     f"{OP}(Tensor x, Tensor row_ptr, Tensor col, Tensor values, SymInt in_features) -> Tensor",
-    fake=fake,
-    default=default,
+    form=form,
+    fake=lambda x, row_ptr, col, values, in_features: x.new_empty((*x.shape[:-1], in_features)),
+    contents=contents,
+    composed_of=COMPOSED_OF,
+    compose=compose,
 )
 
 

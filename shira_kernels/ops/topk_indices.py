@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import ARITHMETIC, index_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
 from shira_kernels.reference import topk_indices as reference
@@ -17,28 +18,26 @@ from shira_kernels.reference import topk_indices as reference
 OP = "topk_indices"
 
 
-def fake(score: torch.Tensor, k: int) -> torch.Tensor:
-    if score.dtype not in _checks.ARITHMETIC_DTYPES:
+def form(score: torch.Tensor, k: int) -> None:
+    if score.dtype not in ARITHMETIC:
         _checks.fail(OP, "score", f"must be float64, float32, bfloat16 or float16, got {score.dtype}")
     if score.layout != torch.strided:
         _checks.fail(OP, "score", f"must be a strided tensor, got {score.layout}")
     if not 0 <= k <= score.numel():
         _checks.fail(OP, "k", f"must lie in [0, {score.numel()}], the number of scores, got {k}")
-    return score.new_empty(k, dtype=torch.int32 if score.numel() < 2**31 else torch.int64)
 
 
-def check(score: torch.Tensor, k: int, *, contents: bool = True) -> list[torch.Tensor]:
-    """All that a kernel may rely on. Without `contents` the scores stay unread."""
-    fake(score, k)
-    if contents and bool(score.isnan().any()):
+def contents(score: torch.Tensor, k: int) -> None:
+    if bool(score.isnan().any()):
         _checks.fail(OP, "score", "must not hold NaN: NaN scores are refused")
-    return []
 
 
-default = define(
+define(
     f"{OP}(Tensor score, int k) -> Tensor",
-    fake=fake,
-    check=check,
+    form=form,
+    fake=lambda score, k: score.new_empty(k, dtype=index_dtype(score.numel())),
+    contents=contents,
+    allows_grad=True,
     reference=reference.topk_indices,
 )
 

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch
 
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.reference.encode_indices import (
     FIRST_ESCAPE,
     MAX_ESCAPE_BYTES,
@@ -16,7 +17,7 @@ from shira_kernels.reference.encode_indices import (
 
 
 def decode_indices(code: torch.Tensor, nnz: int, numel: int) -> torch.Tensor:
-    dtype = torch.int32 if numel < 2**31 else torch.int64
+    dtype = index_dtype(numel)
     if not nnz:
         return torch.empty(0, dtype=dtype, device=code.device)
     begin = table_bytes(nnz)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import index_dtype
 
 
 def extract_changed(base: torch.Tensor, tuned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     base, tuned = (tensor.resolve_conj().resolve_neg().contiguous() for tensor in (base, tuned))
     indices = (as_bits(base) != as_bits(tuned)).nonzero().view(-1)
     values = as_bits(tuned)[indices].view(tuned.dtype)
-    return indices.to(torch.int32 if base.numel() < 2**31 else torch.int64), values
+    return indices.to(index_dtype(base.numel())), values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import compute_dtype
 
 
 def fuse_adapters(
@@ -19,7 +20,7 @@ def fuse_adapters(
             as_bits(last)[place] = as_bits(entries)
         return union.to(index_dtype), last
 
-    compute = torch.promote_types(values[0].dtype, torch.float32)
+    compute = compute_dtype(values[0].dtype)
     terms = [weight * entries.to(compute) for weight, entries in zip(weights.to(compute), values, strict=True)]
     result = torch.zeros(union.numel(), dtype=compute, device=union.device)
     for place, term in zip(places, terms, strict=True):

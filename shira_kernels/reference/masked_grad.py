@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import compute_dtype
+
 _PART_BYTES = 1 << 26  # of gathered columns held at a time
 
 
 def masked_grad(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
-    compute = torch.promote_types(x.dtype, torch.float32)
+    compute = compute_dtype(x.dtype)
     g = grad_output.reshape(-1, grad_output.shape[-1]).to(compute)
     inputs = x.reshape(-1, x.shape[-1]).to(compute)
     rows = torch.repeat_interleave(

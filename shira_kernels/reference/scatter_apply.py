@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import compute_dtype
 
 
 def scatter_apply(
@@ -23,7 +24,7 @@ def scatter_apply(
     if not additive and alpha == 1.0:
         bits.index_copy_(0, indices, as_bits(values))
         return
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(weight.dtype)
     w, v = old.view(weight.dtype).to(compute), values.to(compute)
     new = w + v * alpha if additive else w + (v - w) * alpha
     bits.index_copy_(0, indices, as_bits(new.to(weight.dtype)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import compute_dtype
+
 _PART_BYTES = 1 << 26  # of gathered columns held at a time
 
 
@@ -15,7 +17,7 @@ def sparse_delta_mm(
 
 def delta(x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[tokens, out], not rounded to the dtype of x. Entries may begin anywhere in col and values."""
-    compute = torch.promote_types(x.dtype, torch.float32)
+    compute = compute_dtype(x.dtype)
     inputs = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(compute)
     borders = row_ptr.long()
     rows = torch.repeat_interleave(torch.arange(row_ptr.numel() - 1, device=col.device), borders.diff())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from shira_kernels.dtypes import index_dtype
+
 
 def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
-    dtype = torch.int32 if score.numel() < 2**31 else torch.int64
+    dtype = index_dtype(score.numel())
     if k == 0:
         return torch.empty(0, dtype=dtype, device=score.device)
     score = score.resolve_neg().reshape(-1)

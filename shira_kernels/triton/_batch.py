@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def part_of_each(offsets, i, count):
-    """Of each position the last of `count` parts that begins at or before it; always one of [0, count)."""
+    """Finds for each position the last of `count` parts that begins at or before it; always one of [0, count)."""
     low = tl.zeros(i.shape, tl.int32)
     high = low + count
     width = count
@@ -28,7 +28,7 @@ def part_of_each(offsets, i, count):
 
 @triton.jit
 def part_of_one(offsets, at, count, BLOCK: tl.constexpr):
-    """The same of a single position: the program looks at BLOCK offsets at once."""
+    """Finds as much for a single position: the program looks at BLOCK offsets at once."""
     begun = tl.zeros([], tl.int32)
     start = tl.zeros([], tl.int32)
     while start < count:
@@ -83,8 +83,8 @@ _captured: dict[int, torch.Tensor] = {}  # what graphs read when they are replay
 def on_device(
     device: torch.device, table: torch.Tensor, rows: int, weights: int, offsets: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """The table of so many rows, and all of the offsets, on the device: the same tensors from call to call while the
-    table holds the same, alive for as long as a kernel may read them."""
+    """Keeps the table of `rows` rows, and all of the offsets, on the device, and gives the same tensors from call to
+    call while the table holds the same. They live for as long as a kernel may read them."""
     content = ctypes.string_at(table.data_ptr(), table.numel() * 8)
     whole, *cuts = _kept(device, content, rows * weights, weights)
     if whole.is_cuda:

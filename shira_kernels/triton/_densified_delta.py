@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from shira_kernels.triton._library_product import is_exact, multiply, panel_rows
+from shira_kernels.triton._library_product import entries_of_row, is_exact, multiply, panel_rows
 from shira_kernels.triton._math import as_kernel_type, widen
 from shira_kernels.triton._sparse_delta import entries_at, product, rows_of, write
 
@@ -38,13 +38,7 @@ TOKENS, ROWS = 16, 32  # of the sums that one program finishes; with 64 rows it 
 @triton.jit
 def scatter_kernel(panel, row_ptr, col, values, first_row, columns, nnz, CLEAR: tl.constexpr, ENTRIES: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
-    begin = tl.load(row_ptr + first_row + r).to(tl.int64)
-    end = tl.load(row_ptr + first_row + r + 1).to(tl.int64)
-    end = tl.minimum(tl.maximum(end, 0), nnz)
-    begin = tl.minimum(tl.maximum(begin, 0), end)
-    e = begin + tl.program_id(1).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)  # [ENTRIES]
-    c = tl.load(col + e, mask=e < end, other=0).to(tl.int64)
-    there = (e < end) & (c >= 0) & (c < columns)
+    e, c, there = entries_of_row(row_ptr, col, first_row + r, columns, nnz, ENTRIES)
     if CLEAR:
         v = tl.zeros([ENTRIES], panel.dtype.element_ty)
     else:
@@ -113,7 +107,7 @@ def single_product(
 def densified_product(
     out: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, *, add: bool
 ) -> None:
-    """The same, for operands of 16 bits."""
+    """Does what `product` does, for operands of 16 bits, by dense products."""
     tokens, rows, columns = x.shape[:-1].numel(), out.shape[-1], x.shape[-1]
     x = x.resolve_neg().contiguous().view(tokens, columns)
     most = panel_rows(rows, 4 * tokens)

@@ -10,7 +10,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def blocks(entries: int, block: int) -> int:
-    """How many programs own so many entries; triton.cdiv costs 2 us."""
+    """Says how many programs of `block` entries own all of them; triton.cdiv costs 2 us."""
     return -(-entries // block)
 
 

@@ -1,5 +1,6 @@
-"""torch's dense product, where its sums are those that an op promises: in float32 (float64 for float64), not rounded to
-fewer bits on the way, and of the same bits from call to call.
+"""What the ways by one dense product share: the entries of a panel's rows, and torch's product where its sums are those
+that an op promises: in float32 (float64 for float64), not rounded to fewer bits on the way, and of the same bits from
+call to call.
 
 cuBLAS is deterministic for given shapes on a given GPU, because torch gives each stream a workspace of its own. What
 it computes depends on settings of the whole process, which a call may not change, for other threads multiply
@@ -11,6 +12,8 @@ from __future__ import annotations
 import os
 
 import torch
+import triton
+import triton.language as tl
 
 # What stays in the L2 cache: one wave of the library's tiles, 128 x 256 of float32 on each of the 132 multiprocessors
 # of an H100, whose cache is three times as large.
@@ -41,7 +44,7 @@ def is_exact(x: torch.Tensor) -> bool:
 
 
 def panel_rows(rows: int, row_bytes: int) -> int:
-    """How many of `rows` are multiplied at once, where each gives so many bytes of sums."""
+    """Says how many of `rows` are multiplied at once, where each gives `row_bytes` bytes of sums."""
     return min(rows, max(PANEL_ROWS, PANEL_BYTES // row_bytes // PANEL_ROWS * PANEL_ROWS))
 
 
@@ -53,3 +56,16 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+@triton.jit
+def entries_of_row(row_ptr, col, row, columns, nnz, ENTRIES: tl.constexpr):
+    """A program's entries of a panel's row, ENTRIES for each number of its second axis: their places in the list, their
+    columns, and which of them are there. The ends of rows are clamped, and columns outside are left out."""
+    begin = tl.load(row_ptr + row).to(tl.int64)
+    end = tl.load(row_ptr + row + 1).to(tl.int64)
+    end = tl.minimum(tl.maximum(end, 0), nnz)
+    begin = tl.minimum(tl.maximum(begin, 0), end)
+    e = begin + tl.program_id(1).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)  # [ENTRIES]
+    c = tl.load(col + e, mask=e < end, other=0).to(tl.int64)
+    return e, c, (e < end) & (c >= 0) & (c < columns)

@@ -23,7 +23,7 @@ ADD = tl.constexpr(2)
 
 
 def as_kernel_type(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, flat, in the type that kernels compute from: bfloat16 as its bits."""
+    """Gives the tensor's memory, flat, in the type that kernels compute from: bfloat16 as its bits."""
     return as_bits(tensor) if tensor.dtype == torch.bfloat16 else flat(tensor)
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.triton._marks import WORDS, ones_in, pack, words_of_a_block, write_marked_kernel
 
 
@@ -45,7 +46,7 @@ def extract_changed(base: torch.Tensor, tuned: torch.Tensor) -> tuple[torch.Tens
         extract_mark_kernel[(blocks,)](old, new, numel, marks, counts, WORDS=words)
     ends = counts.cumsum(0)
     nnz = int(ends[-1]) if numel else 0
-    indices = torch.empty(nnz, dtype=torch.int32 if numel < 2**31 else torch.int64, device=base.device)
+    indices = torch.empty(nnz, dtype=index_dtype(numel), device=base.device)
     values = torch.empty(nnz, dtype=tuned.dtype, device=base.device)
     if nnz:
         write_marked_kernel[(triton.cdiv(blocks * words, WORDS),)](

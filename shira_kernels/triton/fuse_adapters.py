@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.triton._batch import on_device
 from shira_kernels.triton._math import as_kernel_type, divide, narrow, widen
 
@@ -200,7 +201,7 @@ def fuse_adapters(
     total = positions.numel()
     if total == 0:
         return positions, entries
-    order = positions.new_empty(total, dtype=torch.int32 if total < 2**31 else torch.int64)
+    order = positions.new_empty(total, dtype=index_dtype(total))
     offsets = rank_entries(positions, [part.numel() for part in indices], order)
     programs = triton.cdiv(total, RANKS)
     counts = order.new_empty(programs, dtype=torch.int32)

@@ -27,12 +27,13 @@ import torch
 import triton
 import triton.language as tl
 
-from shira_kernels.triton._library_product import is_exact, multiply, panel_rows
+from shira_kernels.dtypes import compute_dtype
+from shira_kernels.triton._library_product import entries_of_row, is_exact, multiply, panel_rows
 from shira_kernels.triton._math import as_kernel_type, interprets, widen
 
 ENTRIES = 1024  # of a row, by one program: more than rows of most masks have
 ROWS, COLUMNS = 64, 64  # of a tile
-TOKENS = {2: 32, 4: 16, 8: 16}  # of one step, by the size of an element: more spills registers on sm_80
+TOKENS = {2: 32, 4: 16, 8: 16}  # of one step, by the size of an element; twice as many do not spill either, untimed
 PICKED = 4  # entries of each row that are stored at a time
 
 
@@ -113,13 +114,7 @@ def masked_grad_kernel(
 @triton.jit
 def gather_kernel(panel, row_ptr, col, sums, first_row, columns, nnz, ENTRIES: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
-    begin = tl.load(row_ptr + first_row + r).to(tl.int64)
-    end = tl.load(row_ptr + first_row + r + 1).to(tl.int64)
-    end = tl.minimum(tl.maximum(end, 0), nnz)
-    begin = tl.minimum(tl.maximum(begin, 0), end)
-    e = begin + tl.program_id(1).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)  # [ENTRIES]
-    c = tl.load(col + e, mask=e < end, other=0).to(tl.int64)
-    there = (e < end) & (c >= 0) & (c < columns)
+    e, c, there = entries_of_row(row_ptr, col, first_row + r, columns, nnz, ENTRIES)
     tl.store(sums + e, tl.load(panel + r * columns + c, mask=there), mask=there)
 
 
@@ -135,7 +130,7 @@ def uses_panels(tokens: int, rows: int, columns: int, nnz: int) -> bool:
 
 def masked_grad(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
     rows, columns = grad_output.shape[-1], x.shape[-1]
-    sums = x.new_zeros(col.numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = x.new_zeros(col.numel(), dtype=compute_dtype(x.dtype))
     if col.numel() == 0 or x.numel() == 0:
         return sums
     tokens = x.numel() // columns

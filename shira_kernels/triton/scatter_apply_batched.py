@@ -28,7 +28,7 @@ BLOCK = 512  # entries of a program: with 1024 the search for its part spills re
 
 @triton.jit
 def entries_of(table, element, index, parts, count):
-    """Of indices and their parts: pointers to the entries, and which of them lie inside their weights."""
+    """Gives pointers to the entries at indices of these parts, and which of them lie inside their weights."""
     address = tl.load(table + parts)
     numel = tl.load(table + count + parts)
     return address.to(element.dtype) + index, (index >= 0) & (index < numel)

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.triton._marks import (
     WORDS,
     first_bits,
@@ -42,7 +43,7 @@ from shira_kernels.triton._marks import (
 SAMPLE = 8192  # a power of 2, below 2^15
 DEVIATIONS = 4  # from the sample's rank to those of the two keys: it misleads once in 10^4 times
 DIGIT = 11  # bits
-FEWEST_WORDS = 128  # of a program of the first pass; with 64 that of float64 spills a register on sm_80
+FEWEST_WORDS = 128  # of a program of the first pass: 16 scores for each of its 256 threads
 COPIES = 8  # of the table of counts, so that programs seldom add to one number at once
 
 # What state holds, in int64.
@@ -295,7 +296,7 @@ def sample_ranks(numel: int, k: int) -> tuple[int, int]:
 
 def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
     numel, device = score.numel(), score.device
-    result = torch.empty(k, dtype=torch.int32 if numel < 2**31 else torch.int64, device=device)
+    result = torch.empty(k, dtype=index_dtype(numel), device=device)
     if k == 0:
         return result
     if k == numel:  # one score among them, for whose number Triton would compile kernels of its own

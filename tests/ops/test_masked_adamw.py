@@ -448,7 +448,7 @@ def test_autograd_is_told(backend: Backend) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("argument", ["weights[1]", "grads[0]", "exp_avg", "exp_avg_sq", "master"])
+@pytest.mark.parametrize("argument", ["weights[1]", "grads[0]", "exp_avg", "exp_avg_sq", "master", "step"])
 @pytest.mark.parametrize("leaf", [True, False])
 def test_an_argument_that_requires_grad_is_refused_outside_no_grad(backend: Backend, argument: str, leaf: bool) -> None:
     arguments = small(backend.device)

@@ -17,6 +17,7 @@ from shira.files.checkpoint import Base
 from shira.files.errors import Argument, ArgumentError, warn
 from shira.files.progress import Progress, no_progress
 from shira_kernels import extract_changed, topk_indices
+from shira_kernels.dtypes import compute_dtype
 
 # Above this share of changed entries a tensor is called not sparse. At 10 % of a bfloat16 tensor 97 % of its memory
 # lines of 64 bytes are touched: a switch moves as much memory as one that writes the whole tensor.
@@ -151,7 +152,7 @@ def _largest(
     name: str, entries: torch.Tensor, values: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, tuple[float, float]]:
     """Which of the changed entries are among the k that changed most, and the energy of those, and of all."""
-    change = values.to(torch.promote_types(values.dtype, torch.float32)) - entries
+    change = values.to(compute_dtype(values.dtype)) - entries
     if not bool(change.isfinite().all()):
         raise ArgumentError(f"{name}: ", Argument("top"), " cannot rank changes that are not finite")
     kept = topk_indices(change.abs(), min(k, change.numel())).long()

@@ -25,6 +25,7 @@ from shira.files.errors import AdapterFormatError, Argument, ArgumentError
 from shira.masks.config import ShiraConfig
 from shira_kernels import decode_indices, encode_indices
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import index_dtype
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def describe(path: str | os.PathLike[str]) -> Content:
             raise _refusal(f"{os.fspath(path)}: ", error) from None
     tensors = {
         name: AdapterTensor(
-            torch.empty(found.nnz, dtype=torch.int32 if found.numel < 2**31 else torch.int64, device="meta"),
+            torch.empty(found.nnz, dtype=index_dtype(found.numel), device="meta"),
             torch.empty(found.nnz, dtype=found.values_dtype, device="meta"),
             found.shape,
             found.dtype,

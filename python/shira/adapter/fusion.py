@@ -19,6 +19,7 @@ from shira.files.errors import Argument, ArgumentError, Piece
 from shira.files.progress import Progress, no_progress
 from shira.model.names import canonical
 from shira_kernels import fuse_adapters
+from shira_kernels.dtypes import compute_dtype
 from shira_kernels.ops.fuse_adapters import POLICIES
 
 
@@ -192,7 +193,7 @@ def _by_name(adapter: Adapter, weights: BaseTensors | None) -> dict[str, tuple[s
 
 def _delta(label: Piece, tensor: AdapterTensor, weight: torch.Tensor | None, force: bool) -> torch.Tensor:
     """[nnz] in the type that deltas are computed in."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    dtype = compute_dtype(tensor.dtype)
     values = tensor.values.to(dtype)
     if weight is None:
         if tensor.kind == "replace":

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from shira.adapter.checksum import DIGITS
+from shira_kernels.dtypes import ARITHMETIC
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = ARITHMETIC
 """The dtypes that a tensor which an adapter changes may have."""
 
 

@@ -25,6 +25,7 @@ from shira.model.names import canonical
 from shira.serving import arena
 from shira_kernels import scatter_apply
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import index_dtype
 
 # Weights in other formats: they would still be those of the base.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -241,7 +242,7 @@ def _switched(
     force: bool,
 ) -> torch.Tensor:
     """What a bank's switch to all these adapters would write into this weight, which is contiguous."""
-    key, dtype = (weight.dtype, weight.device), torch.int32 if weight.numel() < 2**31 else torch.int64
+    key, dtype = (weight.dtype, weight.device), index_dtype(weight.numel())
     pieces: dict[str, arena.Pieces] = {}
     for position, tensor in tensors.items():
         label = Argument("adapters", position), f": {name}"

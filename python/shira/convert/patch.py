@@ -16,6 +16,7 @@ from shira.files.errors import Argument, ArgumentError
 from shira.files.output import written_whole
 from shira.files.progress import Progress
 from shira.model.names import canonical
+from shira_kernels.dtypes import compute_dtype, index_dtype
 
 
 def read(path: Path, weights: Weights, progress: Progress) -> Mapping[str, AdapterTensor]:
@@ -48,12 +49,12 @@ def write(adapter: Adapter, path: Path, base: Base | None, *, force: bool) -> No
             if not force:
                 check_base(label, tensor, entries)
             if tensor.kind == "add":
-                wide = torch.promote_types(tensor.dtype, torch.float32)
+                wide = compute_dtype(tensor.dtype)
                 values = (entries.to(wide) + values.to(wide)).to(tensor.dtype)
         elif tensor.kind == "add":
             reason = ": a patch has the new values, and this part is a change of the old: give "
             raise ArgumentError(label, reason, Argument("base"))
-        indices = tensor.indices.int() if tensor.numel < 2**31 else tensor.indices.long()
+        indices = tensor.indices.to(index_dtype(tensor.numel))
         arrays |= {f"{name}.indices": indices.clone(), f"{name}.values": values.clone()}
     with written_whole(path) as temporary:
         save_tensors(arrays, temporary)

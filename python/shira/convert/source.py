@@ -13,6 +13,7 @@ from shira.adapter.base import BaseTensors, entries_of
 from shira.adapter.checksum import checksum_of
 from shira.adapter.tensor import DTYPES, AdapterTensor
 from shira.files.checkpoint import Base
+from shira_kernels.dtypes import index_dtype
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"  # of PEFT
 
@@ -46,8 +47,7 @@ class Weights:
         if indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < weight.numel():
             raise ValueError(f"{name}: indices must lie in [0, {weight.numel()})")
         checksum = checksum_of(entries_of(weight, indices)) if self._trusted else None
-        if weight.numel() < 2**31:
-            indices = indices.int()
+        indices = indices.to(index_dtype(weight.numel()))
         return AdapterTensor(indices, values[order], tuple(weight.shape), weight.dtype, kind, checksum)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from shira.masks.choose import Selection
 from shira.masks.config import ShiraConfig
 from shira.masks.ranking import needs_gradient
+from shira_kernels.dtypes import compute_dtype
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -89,7 +90,7 @@ def _sums(
         if name in sums:
             sums[name] += gradient
         else:
-            sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+            sums[name] = gradient.to(compute_dtype(gradient.dtype), copy=True)
 
     for batch in batches:
         _backward(model, weights, batch, loss, collect)
@@ -169,7 +170,7 @@ def _groups(weights: Mapping[str, nn.Parameter], max_bytes: int) -> Iterator[dic
     group: dict[str, nn.Parameter] = {}
     held = 0
     for name, weight in weights.items():
-        size = weight.numel() * torch.promote_types(weight.dtype, torch.float32).itemsize
+        size = weight.numel() * compute_dtype(weight.dtype).itemsize
         if group and held + size > max_bytes:
             yield group
             group, held = {}, 0

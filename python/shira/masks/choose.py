@@ -13,6 +13,7 @@ import torch
 from shira.masks import ranking
 from shira.masks.config import ShiraConfig
 from shira.masks.functions import MASKS, Mask
+from shira_kernels.dtypes import index_dtype
 
 # Masks that are the first entries of a ranking by score, which is comparable between weights.
 SCORED = ("wm", "grad", "snip", "small")
@@ -103,7 +104,7 @@ class Selection:
     def _choose(self, name: str, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         config, k = self._config, self._k[name]
         if not k:
-            return torch.empty(0, dtype=_index_dtype(weight), device=weight.device)
+            return torch.empty(0, dtype=index_dtype(weight.numel()), device=weight.device)
         # Counted in the runs that a mask takes and leaves, so that rounding to runs never makes two families overlap.
         g = config.granularity
         left_out = round(config.skip / g) + config.family * max(1, round(k / g))
@@ -208,10 +209,6 @@ def _rows_and_columns(weight: torch.Tensor) -> int:
     return rows + (weight.numel() // rows if rows else 0)
 
 
-def _index_dtype(weight: torch.Tensor) -> torch.dtype:
-    return torch.int32 if weight.numel() < 2**31 else torch.int64
-
-
 def _checked(indices: Any, weight: torch.Tensor, mask: str) -> torch.Tensor:
     """Returns what a user's function gave, as the masks here give it. Raises ValueError naming the mask."""
 
@@ -232,4 +229,4 @@ def _checked(indices: Any, weight: torch.Tensor, mask: str) -> torch.Tensor:
     step = indices.diff()
     if bool((step <= 0).any()):
         refuse("got repeated ones" if indices.unique().numel() < indices.numel() else "got unsorted ones")
-    return indices.to(weight.device, _index_dtype(weight)).contiguous()
+    return indices.to(weight.device, index_dtype(weight.numel())).contiguous()

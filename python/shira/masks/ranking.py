@@ -7,15 +7,14 @@ import math
 import torch
 
 from shira_kernels import topk_indices
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype, index_dtype
 
 
 def budget(
     weight: torch.Tensor, density: float, k: int | None, seed: int, skip: int, granularity: int
 ) -> tuple[int, int]:
     """Returns how many runs to take, and how many of the ranking to leave out before them. Raises ValueError."""
-    if weight.dtype not in _DTYPES or weight.is_meta or not weight.numel():
+    if weight.dtype not in ARITHMETIC or weight.is_meta or not weight.numel():
         raise ValueError(
             "weight must be float64, float32, bfloat16 or float16 and hold data, "
             f"got {weight.dtype} {tuple(weight.shape)}"
@@ -64,14 +63,14 @@ def run_scores(mask: str, weight: torch.Tensor, grad: torch.Tensor | None, granu
         score = grad.abs()
     elif mask == "snip":
         assert grad is not None
-        compute = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
+        compute = compute_dtype(torch.promote_types(weight.dtype, grad.dtype))
         score = torch.mul(weight.to(compute), grad).abs_()
     else:
         score = weight.abs()
         score = score.neg_() if mask == "small" else score
     score = score.reshape(-1)
     if granularity > 1:
-        score = score.to(torch.promote_types(score.dtype, torch.float32))
+        score = score.to(compute_dtype(score.dtype))
         score = torch.nn.functional.pad(score, (0, -score.numel() % granularity)).view(-1, granularity).sum(1)
     return score
 
@@ -119,4 +118,4 @@ def entries_of(runs: torch.Tensor, granularity: int, weight: torch.Tensor) -> to
     if granularity > 1:
         runs = (runs[:, None] * granularity + torch.arange(granularity, device=runs.device)).view(-1)
         runs = runs[runs < weight.numel()]
-    return runs.to(torch.int32 if weight.numel() < 2**31 else torch.int64)
+    return runs.to(index_dtype(weight.numel()))

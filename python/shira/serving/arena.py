@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from shira_kernels import fuse_adapters, scatter_apply, scatter_apply_batched, scatter_switch_batched
+from shira_kernels.dtypes import compute_dtype, index_dtype
 
 Key = tuple[torch.dtype, torch.device]  # what weights of one arena have in common
 Mix = tuple[tuple[str, float], ...]  # a target of `switch`: strengths by name; () is the base
@@ -193,7 +194,7 @@ def mixed(base: torch.Tensor, shares: list[Share], strengths: dict[str, float]) 
 
     base: the base's entries of the merged arena. A single adapter's values at strength 1 are copied as they are.
     """
-    old = base.to(torch.promote_types(base.dtype, torch.float32))
+    old = base.to(compute_dtype(base.dtype))
     delta = mixed_delta(old, shares, strengths)
     result = (old + delta).to(base.dtype)
     for share in shares:
@@ -244,7 +245,7 @@ def _union(arenas: list[Arena]) -> tuple[Arena, list[torch.Tensor]]:
     ranks = sorted(weights)
     unions = [_sorted_union([indices for _, indices in lists[rank]]) for rank in ranks]
     offsets = offsets_of([union.numel() for union in unions])
-    dtype = torch.int32 if int(offsets[-1]) < 2**31 else torch.int64
+    dtype = index_dtype(int(offsets[-1]))
     positions: list[list[torch.Tensor]] = [[] for _ in arenas]
     for rank, union, begin in zip(ranks, unions, offsets.tolist(), strict=False):
         for which, indices in lists[rank]:

@@ -19,6 +19,7 @@ from shira.serving.pages import Counts, Deltas, Immovable, Pages
 from shira.serving.registry import Registry
 from shira.serving.staging import Staging
 from shira.serving.switching import Switching
+from shira_kernels.dtypes import compute_dtype
 
 MODES = ("auto", "fused", "unfused")
 
@@ -234,7 +235,7 @@ class Batches:
         for key, group in self._staging.on_device(name).items():
             for piece in group:
                 entries = piece.arena.single()
-                delta = piece.values.to(torch.promote_types(key[0], torch.float32))
+                delta = piece.values.to(compute_dtype(key[0]))
                 if not piece.additive:
                     delta = delta - _base_now(entries)
                 deltas.append((entries, (delta * strength).to(key[0])))
@@ -267,4 +268,4 @@ def _base_now(entries: Arena) -> torch.Tensor:
     """Gives the base's entries, which the weights hold, in float32 or more."""
     parts = [weight.detach().view(-1)[entries.indices[part]] for weight, part in entries.parts]
     base = torch.cat(parts)
-    return base.to(torch.promote_types(base.dtype, torch.float32))
+    return base.to(compute_dtype(base.dtype))

@@ -19,8 +19,7 @@ from shira.model.modules import Users
 from shira.serving.pages import Table
 from shira.serving.rows import Rows
 from shira_kernels import sparse_delta_mm_batched
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from shira_kernels.dtypes import ARITHMETIC
 
 # The op looked up once: in a decode step each call follows a base product, which leaves no code in the caches.
 add_sparse_delta_mm_batched = torch.ops.shira.add_sparse_delta_mm_batched.default
@@ -87,7 +86,7 @@ def obstacle(weight: torch.Tensor, users: Users, skipped: set[nn.Module]) -> str
     directions = set()
     for name, module, role in users[weight]:
         directions.add(is_transposed(module))
-        if None in directions or role != "weight" or weight.dtype not in _DTYPES:
+        if None in directions or role != "weight" or weight.dtype not in ARITHMETIC:
             return f"it is the {role} ({weight.dtype}) of {name!r}, a {type(module).__name__}"
         if module in skipped:
             return f"the module around {name!r} reads it without calling the layer"

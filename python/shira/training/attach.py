@@ -29,6 +29,7 @@ from shira.training.layers import Attached, make_attached, mixin_of, restore_cla
 from shira.training.matching import is_saved, matched_weights, modules_to_save, weights_of
 from shira.training.trained import TrainedWeight
 from shira.training.vectors import in_arenas
+from shira_kernels.dtypes import compute_dtype
 
 Match = Callable[[nn.Module, ShiraConfig], list[nn.Parameter]]
 Becomes = Callable[[str, nn.Module, str], type[Attached]]
@@ -302,7 +303,7 @@ def _choose(
     chosen = []
     for name, weight in named.items():
         base = entries_of(weight, entries[name])
-        chosen.append(_Choice(name, weight, entries[name], base.to(_values_dtype(weight)), base))
+        chosen.append(_Choice(name, weight, entries[name], base.to(compute_dtype(weight.dtype)), base))
     return chosen
 
 
@@ -316,12 +317,8 @@ def _continue(model: nn.Module, adapter: Adapter, weights: Mapping[str, nn.Param
         indices = tensor.indices.to(weight.device)
         base = entries_of(weight, indices)
         check_base(adapter_name, tensor, base)
-        values = tensor.values.to(weight.device, _values_dtype(weight), copy=True)
+        values = tensor.values.to(weight.device, compute_dtype(weight.dtype), copy=True)
         if tensor.kind == "add":
             values += base
         chosen[weight] = _Choice(names[weight], weight, indices, values, base)
     return [chosen[weight] for weight in names if weight in chosen]
-
-
-def _values_dtype(weight: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)

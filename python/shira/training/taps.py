@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from shira_kernels.dtypes import index_dtype
 from shira_kernels.ops.masked_grad import masked_grad
 
 
@@ -26,7 +27,7 @@ def csr_of(indices: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torc
     borders = torch.arange(rows + 1, device=indices.device) * columns
     row_ptr = torch.searchsorted(flat, borders)
     narrow = torch.uint16 if columns <= 0xFFFF else torch.int32
-    wide = torch.int32 if indices.numel() < 2**31 else torch.int64
+    wide = index_dtype(indices.numel())
     return row_ptr.to(wide), (flat % columns).to(narrow)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from shira_kernels.dtypes import compute_dtype
+
 
 class VectorArena:
     """One tensor that holds many vectors. It moves as one when each of their modules is moved."""
@@ -33,7 +35,7 @@ class VectorArena:
 
 def precise(moved: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """`before` on the device of `moved`, in its dtype or float32 if that is more: values are never rounded to less."""
-    return before.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+    return before.to(moved.device, compute_dtype(moved.dtype))
 
 
 class Slice:

@@ -1,4 +1,4 @@
-// What sparse_delta_mm and its in-place and batched forms share: checks of the form, groups of tokens, and the product.
+// The tokens of a call by their adapters, for sparse_delta_mm and its in-place and batched forms.
 //
 // A call's tokens go in groups of one adapter. All ops are the same from there: checks of the entries, and then blocks
 // of a group's tokens times its adapter's rows. A call without adapters is one group. The sums of a token that is alone
@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "../host/delta_checks.h"
 #include "csr.h"
 #include "memory.h"
 
@@ -35,29 +36,15 @@ struct TokenGroups {
   CallBytes sums;                         // of these, in the order of the groups
 };
 
-// The form of a layer's input.
-void check_input(const char* op, const Tensor& x);
-// The form of values beside col, which was checked.
-void check_values(const char* op, const Tensor& values, const Tensor& col, const Tensor& x);
-// The form of what is added to.
-void check_out(const char* op, const Tensor& out, const Tensor& x);
-// The form of stacked adapters with so many rows each.
-void check_adapters(const char* op, const Tensor& x, const Tensor& token_adapter, const Tensor& row_ptr,
-                    const Tensor& col, const Tensor& values, int64_t rows, const std::optional<Tensor>& page_table);
-// Neither `read` nor x and values may require grad, nor share memory with out.
-void check_in_place(const char* op, const Tensor& out, const Tensor& x, const Tensor& values,
-                    std::vector<Argument> read);
+inline bool is_alone(const TokenGroup& group) { return group.end - group.begin == 1; }
+
+// The groups of tokens that are alone.
+std::vector<const TokenGroup*> alone_in(const TokenGroups& groups);
 
 // One group of all tokens of a contiguous x. Checks what the matrix holds.
-TokenGroups all_tokens(const char* op, const Tensor& x, const CsrRows& all, const Tensor& values);
+TokenGroups all_tokens(const char* op, const Tensor& x, const Tensor& row_ptr, const Tensor& col, const Tensor& values);
 // The tokens of each adapter that has any, of a contiguous x. Checks what those adapters hold.
 TokenGroups tokens_by_adapter(const char* op, const Tensor& x, const Tensor& token_adapter, const Tensor& row_ptr,
                               const Tensor& col, const Tensor& values, const std::optional<Tensor>& page_table);
-
-// [..., rows] like x, not initialised.
-Tensor new_output(const Tensor& x, int64_t rows);
-
-// Adds to `out`, or writes its tokens that are in a group. x is that of the groups.
-void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, const Tensor& out, bool accumulate);
 
 }  // namespace shira
