@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -13,6 +12,7 @@ from torch import nn
 from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits
 from shira.adapter.checksum import checksum_of
+from shira.adapter.fusion import checked_strength
 from shira.model.claims import check_claim, claim
 from shira.model.names import first_names, resolve
 from shira.serving.arena import Arena, Kept, Key, Mix, Piece, Pieces, base_entries, offsets_of
@@ -82,13 +82,18 @@ class Registry:
         """
         if target is None:
             return ()
-        if not isinstance(target, (str, Mapping)):
+        if isinstance(target, str):
+            self.check_names([target])
+            return ((target, 1.0),)
+        if not isinstance(target, Mapping):
             raise ValueError(f"{caller} takes a name, strengths by name, or None, got {target!r}")
-        strengths = {target: 1.0} if isinstance(target, str) else dict(target)
+        strengths = dict(target)
         if not strengths:
             raise ValueError("a mix must name at least one adapter; the base is None")
         self.check_names(strengths)
-        return tuple((name, _checked_strength(name, strength)) for name, strength in strengths.items())
+        return tuple(
+            (name, checked_strength(f"the strength of {name!r}", strength)) for name, strength in strengths.items()
+        )
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises ValueError for a name that no adapter has."""
@@ -200,9 +205,11 @@ class Registry:
                 )
             check_claim("switch", weight, owner)
 
-    def claim(self, weight: torch.Tensor) -> None:
-        """Notes that the bank changes the weight, which then keeps the bank; `claims.claim(weight, None)` ends it."""
-        claim(weight, self._owner())
+    def claim(self, weights: Iterable[torch.Tensor]) -> None:
+        """Notes that the bank changes the weights, which then keep the bank; `claims.claim(weight, None)` ends it."""
+        owner = self._owner()
+        for weight in weights:
+            claim(weight, owner)
 
     def verify(self, kept: Kept) -> None:
         """Compares the base under every adapter with what it was when the adapter was added.
@@ -223,14 +230,6 @@ def as_given(mix: Mix) -> str | dict[str, float]:
     """Gives a mix of at least one adapter as `switch` takes it."""
     [(name, strength), *others] = mix
     return name if strength == 1.0 and not others else dict(mix)
-
-
-def _checked_strength(name: str, strength: float) -> float:
-    """Gives the strength as a float. Raises ValueError if it is not a finite float32 number."""
-    largest = torch.finfo(torch.float32).max
-    if not isinstance(strength, numbers.Real) or not -largest <= strength <= largest:
-        raise ValueError(f"the strength of {name!r} must be a finite float32 number, got {strength!r}")
-    return float(strength)
 
 
 def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.Tensor]) -> None:
