@@ -177,7 +177,7 @@ def test_fused_or_unfused(
     compare: Callable[..., None], place: Place, rows: int, length: int, steps: int, architecture: Architecture
 ) -> None:
     """A block of forwards that one adapter owns: unfused, and switched in and out. FUSE_AFTER_TOKENS and
-    FORWARD_TOKENS of `shira.serving.layers` say where the two cost as much."""
+    FORWARD_TOKENS of `shira.serving.rows` say where the two cost as much."""
     model = make_llama(architecture, torch.float32, place.device)
     bank = make_bank(model, make_adapters(model, architecture, 1), 1, None)
     ids = torch.zeros(rows, length, dtype=torch.int64, device=place.device)

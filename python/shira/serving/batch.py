@@ -142,9 +142,9 @@ class Batches:
             self.opened = batch
             for device in {weight.device for weight in self.pages.tables}:
                 self._rows.setdefault(device, rows.Rows(device)).set(slots, meter)
+            batch.weights.extend(self.pages.tables)
+            self._registry.claim(batch.weights)
             for weight, table in self.pages.tables.items():
-                self._registry.claim(weight)
-                batch.weights.append(weight)
                 for module in self._linears[weight]:
                     batch.modules.append(module)
                     layers.enter(module, table, self._rows[weight.device])

@@ -82,9 +82,12 @@ class Registry:
         """
         if target is None:
             return ()
-        if not isinstance(target, (str, Mapping)):
+        if isinstance(target, str):
+            self.check_names([target])
+            return ((target, 1.0),)
+        if not isinstance(target, Mapping):
             raise ValueError(f"{caller} takes a name, strengths by name, or None, got {target!r}")
-        strengths = {target: 1.0} if isinstance(target, str) else dict(target)
+        strengths = dict(target)
         if not strengths:
             raise ValueError("a mix must name at least one adapter; the base is None")
         self.check_names(strengths)
@@ -202,9 +205,11 @@ class Registry:
                 )
             check_claim("switch", weight, owner)
 
-    def claim(self, weight: torch.Tensor) -> None:
-        """Notes that the bank changes the weight, which then keeps the bank; `claims.claim(weight, None)` ends it."""
-        claim(weight, self._owner())
+    def claim(self, weights: Iterable[torch.Tensor]) -> None:
+        """Notes that the bank changes the weights, which then keep the bank; `claims.claim(weight, None)` ends it."""
+        owner = self._owner()
+        for weight in weights:
+            claim(weight, owner)
 
     def verify(self, kept: Kept) -> None:
         """Compares the base under every adapter with what it was when the adapter was added.

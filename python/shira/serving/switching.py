@@ -149,8 +149,8 @@ class Switching:
             if old is None or new is None or new.arena.ranks != old.arena.ranks:
                 for weight in old.arena.weights if old is not None else ():
                     claim(weight, None)
-                for weight in new.arena.weights if new is not None else ():
-                    self._registry.claim(weight)
+                if new is not None:
+                    self._registry.claim(new.arena.weights)
         torch.clear_autocast_cache()  # it may hold rounded copies of the old weights
 
     def _put_back(self, before: Mix | None, plan: Plan | None) -> None:
