@@ -7,6 +7,7 @@ and compares.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import sys
@@ -32,7 +33,8 @@ Every command of `shira` with its arguments and options, as `shira COMMAND --hel
 what they promise about files, is in [command line and conversion](../convert.md); training is in
 [training](../training.md#at-the-command-line).
 
-Bad input ends with exit code 2 and one line on standard error, Ctrl-C with 130.
+Bad input ends with exit code 2 and one line on standard error, Ctrl-C with 130. `shira --install-completion` makes your
+shell complete commands and options.
 """
 
 
@@ -55,7 +57,9 @@ def cli_page() -> str:
 
 
 def _options(command: Any) -> list[Any]:
-    return [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+    """Its options but those of typer, whose words differ by its version."""
+    typers = ("help", "install_completion", "show_completion")
+    return [p for p in command.params if p.param_type_name == "option" and p.name not in typers]
 
 
 def _command(name: str, command: Any) -> str:
@@ -123,7 +127,10 @@ def op_contracts() -> str:
 
 def _contract(op: str) -> str:
     schema = str(getattr(torch.ops.shira, op).default._schema).removeprefix("shira::")
-    meaning = inspect.cleandoc(OPS[op].__doc__ or "").removeprefix(f"{op}: ")
+    docstring = inspect.cleandoc(importlib.import_module(f"shira_kernels.ops.{op}").__doc__ or "")
+    if not docstring.startswith(f"{op}: "):
+        raise ValueError(f"the docstring of shira_kernels/ops/{op}.py must begin with the op's name and a colon")
+    meaning = docstring.removeprefix(f"{op}: ")
     meaning = re.sub(r"(?<!`)\b([a-z]+(?:_[a-z0-9]+)+)\b(?!`)", _as_code, meaning)
     return f"\n## {op}\n\n```\n{_wrapped(schema)}\n```\n\n{meaning[0].upper()}{meaning[1:]}\n\n::: shira_kernels.{op}\n"
 

@@ -235,7 +235,17 @@ def test_a_constant_says_what_it_is(name: str) -> None:
     raise AssertionError(f"{last} is not assigned in {origin}")
 
 
-# --- contributing
+# --- architecture, contributing
+
+
+def test_every_file_of_shira_is_in_the_tree() -> None:
+    """A file of a room by its name, a folder inside a room by the folder's."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    rooms = dict(re.findall(r"^  (\w+)/ .*\n    (.*)$", page.split("\npython/shira/\n", 1)[1], re.M))
+    for path in (ROOT / "python/shira").glob("*/**/*.py"):
+        room, inside = path.relative_to(ROOT / "python/shira").parts[:2]
+        if not inside.startswith("__"):
+            assert (inside if inside.endswith(".py") else f"{inside}/") in rooms[room].split(), f"{room}/{inside}"
 
 
 def test_contributing_names_the_smallest_op() -> None:
