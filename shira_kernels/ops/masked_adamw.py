@@ -111,7 +111,7 @@ def _check_step(step: torch.Tensor) -> None:
 def _check_lengths(
     weights: list[torch.Tensor], offsets: torch.Tensor, indices: torch.Tensor, grads: list[torch.Tensor]
 ) -> list[int]:
-    """The offsets, and that each compact gradient is as long as its weight's part. Returns the offsets."""
+    """Checks that offsets rise, and that each compact gradient is as long as its weight's part. Returns the offsets."""
     borders = _checks.check_offset_contents(OP, offsets, indices.numel())
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
         count = borders[i + 1] - borders[i]
@@ -137,7 +137,7 @@ def check_contents(
     *_: float,
     wait: bool,
 ) -> None:
-    """Without `wait` indices stay unread, and what else a GPU holds."""
+    """Checks what tensors hold. Without `wait` indices stay unread, and what else a GPU holds."""
     if wait or step.is_cpu:
         _check_step(step)
     if not (wait or offsets.is_cpu):

@@ -51,6 +51,7 @@ def check_contents(
     *_: Any,
     wait: bool,
 ) -> None:
+    """Checks what both lists hold, as `check_list_contents`."""
     check_list_contents(OP, weights, old_offsets, old_indices, wait=wait, names=OLD)
     check_list_contents(OP, weights, offsets, indices, wait=wait)
 
