@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import gpu_records
 import gpu_summary
 from gpu_driver import DEADLINE, ROOT, Phase, Setup, Task, by_exit_code, last_line
+
+EXTENSION = ROOT / "shira_kernels/_C.abi3.so"  # one for every Python
 
 BUILD = {"SHIRA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
 SANITIZER_ERROR = 86  # the exit code that compute-sanitizer is told to give
@@ -110,13 +111,8 @@ def build(setup: Setup) -> Iterator[Task]:
     yield Task("build", command, environment=BUILD, judge=probed, log=log, may_take_longer=True)
     yield probe
     crashed = [r for r in gpu_records.read(log) if r.get("task") == "load"][-1]["ended"] != "ok"
-    path = extension_path()
-    if crashed and path.is_file():  # it would take every later process with it
-        path.rename(path.with_suffix(".broken"))
-
-
-def extension_path() -> Path:
-    return ROOT / f"shira_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if crashed and EXTENSION.is_file():  # it would take every later process with it
+        EXTENSION.rename(EXTENSION.with_suffix(".broken"))
 
 
 def rehearsed_build(setup: Setup) -> Iterator[Task]:
@@ -289,13 +285,11 @@ def carry(python: str) -> int:
     )
     if done.returncode:
         return 1
-    code = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
-    suffix = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    path = ROOT / f"shira_kernels/_C{suffix}"
-    held = architectures_in(path, python)
+    held = architectures_in(EXTENSION, python)
     loaded = subprocess.run([python, "-c", LOADED], cwd=ROOT, capture_output=True, text=True, check=False)
     print(
-        f"{path.relative_to(ROOT)}: {path.stat().st_size / 2**20:.1f} MiB, {', '.join(sorted(held)) or 'no GPU code'}"
+        f"{EXTENSION.relative_to(ROOT)}: {EXTENSION.stat().st_size / 2**20:.1f} MiB, "
+        f"{', '.join(sorted(held)) or 'no GPU code'}"
     )
     print(loaded.stdout.strip() or last_line(loaded.stderr))
     return 0 if held == {"sm_80", "sm_90", "PTX of sm_90"} and "cuda architectures" in loaded.stdout else 1

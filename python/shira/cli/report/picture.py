@@ -116,6 +116,7 @@ def _draw_energies(axes: Any, found: Comparison) -> None:
         _draw_line(axes, found, points, -1 - i, name)
     if axes.dataLim.y1 > 0:  # else nothing was drawn
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # the scale's own is TeX, which would be shown as it is
     axes.set_title("Energy of the deltas (sum of squares)")
     axes.legend(frameon=False, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
 
