@@ -283,6 +283,10 @@ def test_a_base_that_is_not_there_or_not_whole(base: Path, lora: Path, tmp_path:
 
 
 WRONG_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "adapters of its own": (
+        {"peft_type": "XLORA", "adapters": {"0": "somebody/pickled"}, "hidden_size": 64},
+        r"an adapter of type XLORA names other adapters, which are not read$",
+    ),
     "an unknown type": ({"peft_type": "NOPE"}, r"adapter_config\.json: peft_type 'NOPE' is none that PEFT .* has$"),
     "a rank that is none": ({"r": "two"}, "PEFT cannot load this adapter: TypeError: "),
     "a rank of 0": ({"r": 0}, "PEFT cannot load this adapter: ValueError: "),

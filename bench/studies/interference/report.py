@@ -1,4 +1,4 @@
-"""report.md and figure4.png of interference.py, from its results."""
+"""report.md and figure4.png of run.py, from its results."""
 
 from __future__ import annotations
 

@@ -114,6 +114,8 @@ def _checked_task(folder: Path) -> str | None:
         raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is none that PEFT {peft.__version__} has")
     with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
         config = peft.PeftConfig.from_pretrained(folder)
+    if getattr(config, "adapters", None) is not None:  # PEFT would fetch them, also as pickles
+        raise ValueError(f"{folder}: an adapter of type {kind} names other adapters, which are not read")
     if config.is_prompt_learning:
         raise ValueError(f"{folder}: an adapter of type {kind} changes no weights and cannot be merged")
     task: str | None = config.task_type

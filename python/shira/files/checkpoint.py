@@ -113,7 +113,10 @@ def _names(path: Path) -> list[str]:
 
 def _indexed(path: Path) -> dict[str, Path]:
     try:
-        files = json.loads(path.read_bytes())["weight_map"]
-        return {name: path.parent / file for name, file in files.items()}
+        files = {name: Path(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f'{path}: it must be JSON with "weight_map", a file of each tensor') from None
+    for file in files.values():
+        if file.is_absolute() or ".." in file.parts:
+            raise ValueError(f"{path}: it names {str(file)!r}, which does not lie in its folder")
+    return {name: path.parent / file for name, file in files.items()}

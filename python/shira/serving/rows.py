@@ -12,7 +12,7 @@ from torch import nn
 from shira.serving.pages import Table, sent
 
 # When unfused inference has cost as much as switching in and out, in tokens that the block has run; a forward costs as
-# much as FORWARD_TOKENS beside its tokens, since it reads all entries. From bench/bench_unfused.py,
+# much as FORWARD_TOKENS beside its tokens, since it reads all entries. From bench/cases/bench_unfused.py,
 # test_fused_or_unfused (1 thread, hidden 1024, 1 %, float32): the two cost as much at about 6 forwards of 1 token, and
 # at one forward of 128 to 200.
 FUSE_AFTER_TOKENS = 150
