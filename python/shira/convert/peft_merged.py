@@ -219,7 +219,7 @@ def _model(base: Base, task: str | None) -> nn.Module:
         with _as_value_errors(f"{base}: transformers cannot load this model as {found.__name__}"):
             model: nn.Module
             model, report = found.from_pretrained(
-                base, dtype="auto", use_safetensors=True, local_files_only=True,
+                base, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
     finally:
