@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from harness.against import compare_revision
-from harness.compare import Place, Side, replay
+from harness.compare import Place, replay
 from harness.compare import compare as run_comparison
 from harness.machine import available_threads
 
@@ -92,12 +92,5 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 def compare_fixture(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
     """`compare.compare` with pytest-benchmark, the time budget and the command line filled in."""
     benchmark.extra_info["command"] = f"python -m pytest {shlex.join(request.config.invocation_params.args)}"
-    run = partial(run_comparison, benchmark, request.config.getoption("--bench-seconds"))
-    if not request.config.getoption("--packages-of"):
-        return run
-
-    def with_one_baseline(sides: dict[str, Side], *, ours: str, baselines: list[str], **rest: Any) -> None:
-        timed = {name: sides[name] for name in (ours, baselines[0])}
-        run(timed, ours=ours, baselines=baselines[:1], **rest)
-
-    return with_one_baseline
+    options = request.config.option
+    return partial(run_comparison, benchmark, options.bench_seconds, control_only=bool(options.packages_of))

@@ -1,8 +1,8 @@
 """This tree's cases over the packages of another revision, and over its own, in turn: `pytest bench --compare REV`.
 
 A round is a process for each side, which checks and times all selected cases; the sides take turns in going first. The
-ratio of a case is taken round by round: its time with the revision's packages over that with this tree's. The first
-baseline of each case is timed beside it: it is not part of the packages, so its own ratio shows the machine's noise.
+ratio of a case is taken round by round: its time with the revision's packages over that with this tree's. The case's
+first baseline that runs no kernel of the packages is timed beside it: its own ratio shows the machine's noise.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build/compare"  # git ignores it, and `make clean` removes it
 ENDED = (0, 1, 2)  # pytest's exit codes: passed, some failed, some not collected
 NOTHING_SELECTED = 5
+SOURCES = (".cpp", ".h", ".cu", ".cuh")
 TAIL = 15  # lines of a process's output in an error
 
 
@@ -48,12 +49,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Time:
-    """A case in one process: microseconds a call of ours and of the first baseline, and the kernel that ran."""
+    """A case in one process: microseconds a call of ours and of the control, and the kernel that ran."""
 
     ours_us: float
-    control_us: float
-    control: str
     kernel: str
+    control: str = ""  # empty where all baselines run kernels of the packages
+    control_us: float = 1.0
 
 
 @dataclass
@@ -140,7 +141,8 @@ def stale_extension() -> str:
     extension = extension_in(ROOT)
     if extension is None:
         return ""
-    newest = max((path for path in (ROOT / "csrc").rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime)
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in SOURCES]
+    newest = max(sources, key=lambda path: path.stat().st_mtime, default=extension)
     if newest.stat().st_mtime <= extension.stat().st_mtime:
         return ""
     return f"{extension.name} is older than {newest.relative_to(ROOT)}: run `make build` first if that file changed"
@@ -177,9 +179,10 @@ def run_side(side: Side, arguments: list[str]) -> Outcome:
 def _times(content: dict[str, Any]) -> Iterator[tuple[str, Time]]:
     for benchmark in content.get("benchmarks", []):
         info = benchmark["extra_info"]
-        ours, control = info["sides"][info["ours"]], info["baselines"][0]
-        control_us = info["sides"][control]["median_us"]
-        yield _short(benchmark["fullname"]), Time(ours["median_us"], control_us, control, ours["kernel"])
+        ours = info["sides"][info["ours"]]
+        controls = [(name, info["sides"][name]["median_us"]) for name in info["baselines"]]
+        control, control_us = next(iter(controls), ("", 1.0))
+        yield _short(benchmark["fullname"]), Time(ours["median_us"], ours["kernel"], control, control_us)
 
 
 def _failures(reports: ElementTree.ElementTree) -> Iterator[tuple[str, str]]:
@@ -240,10 +243,11 @@ def report(ours: Side, theirs: Side, done: list[tuple[Outcome, Outcome]], thread
         ratios = [there.ours_us / here.ours_us for here, there in pairs]
         controls = [there.control_us / here.control_us for here, there in pairs]
         net = [ratio / control for ratio, control in zip(ratios, controls, strict=True)]
-        shown = " | ".join(map(_spread, (net, ratios, controls)))
+        is_controlled = bool(pairs[0][0].control)
+        shown = " | ".join(_spread(r) if r is ratios or is_controlled else "-" for r in (net, ratios, controls))
         here_us, there_us = (statistics.median(time.ours_us for time in side) for side in zip(*pairs, strict=True))
         here, there = pairs[0]
-        lines.append(f"| {name} | {shown} | {here_us:.1f} | {there_us:.1f} | {here.control} |")
+        lines.append(f"| {name} | {shown} | {here_us:.1f} | {there_us:.1f} | {here.control or '-'} |")
         if here.kernel != there.kernel:
             notes.append(
                 f"- {name}: other kernels ran, {here.kernel or 'none'} here and {there.kernel or 'none'} there"

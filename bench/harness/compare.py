@@ -113,6 +113,7 @@ def compare(
     label: str,
     info: dict[str, Any],
     calls: int = 1,
+    control_only: bool = False,
 ) -> None:
     """Runs one case. The figures go into `benchmark.extra_info`, the rounds of `ours` into pytest-benchmark's own.
 
@@ -126,6 +127,7 @@ def compare(
         group, label: what is measured, and which case of it.
         info: more facts for the report (dtype, nnz, density, ...), JSON types only.
         calls: calls per round, for calls too short to time one by one; `before` comes once, ahead of them.
+        control_only: beside ours, times only the first baseline that runs no shira kernel, if there is one.
     """
     check()
     if benchmark.disabled:
@@ -133,6 +135,9 @@ def compare(
         return
 
     kernels = {name: kernels_run(side, slots[0]) for name, side in sides.items()}
+    if control_only:
+        baselines = [name for name in baselines if not kernels[name]][:1]
+        sides = {name: sides[name] for name in (ours, *baselines)}
     timings = time_in_turn(sides, slots, place, calls, seconds)
     speed = bandwidth(place)
     bound = sides[ours].bytes_moved / speed.in_place

@@ -145,7 +145,7 @@ def test_a_folder_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def outcomes(*ratios: float) -> list[tuple[Outcome, Outcome]]:
-    times = [(Time(10.0, 5.0, "copy", "cpu/avx2"), Time(10.0 * ratio, 5.0, "copy", "reference")) for ratio in ratios]
+    times = [(Time(10.0, "cpu/avx2", "copy", 5.0), Time(10.0 * ratio, "reference", "copy", 5.0)) for ratio in ratios]
     return [(Outcome({"a": here}), Outcome({"a": there})) for here, there in times]
 
 
@@ -156,6 +156,11 @@ def test_the_median_of_the_rounds_counts_and_another_kernel_is_said() -> None:
     text = against.report(HERE, THERE, outcomes(1.5, 0.5, 2.0), "1")
     assert "| a | 1.500 [0.500, 2.000] | 1.500 [0.500, 2.000] | 1.000 [1.000, 1.000] | 10.0 | 15.0 | copy |" in text
     assert "- a: other kernels ran, cpu/avx2 here and reference there" in text
+
+
+def test_a_case_without_a_control_has_no_net_ratio() -> None:
+    done = [(Outcome({"a": Time(10.0, "cpu/avx2")}), Outcome({"a": Time(20.0, "cpu/avx2")}))]
+    assert "| a | - | 2.000 [2.000, 2.000] | - | 10.0 | 20.0 | - |" in against.report(HERE, THERE, done, "1")
 
 
 def test_a_case_that_fails_in_one_round_is_not_compared() -> None:
