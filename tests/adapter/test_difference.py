@@ -436,7 +436,7 @@ def test_refused_merges_leave_nothing(tmp_path: Path) -> None:
     index["weight_map"] = {name: f"../base/{file}" for name, file in index["weight_map"].items()}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (out / "letter.txt").unlink()
-    refused("which is not in the folder", folder, [(adapter, 1.0)], out)
+    refused("which does not lie in its folder", folder, [(adapter, 1.0)], out)
 
 
 def test_force_replaces_a_checkpoint_and_takes_another_base(tmp_path: Path) -> None:
