@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """With --compare the cases run in processes of their own, and none in this one."""
-    if not (revision := config.getoption("--compare")):
+    if not (revision := config.getoption("--compare")) or config.option.collectonly:
         return None
     here = Path(__file__).parent
     paths = [config.invocation_params.dir / argument for argument in config.args]
