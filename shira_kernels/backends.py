@@ -17,6 +17,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import pkgutil
 import threading
 import warnings
 from collections import Counter
@@ -310,18 +311,16 @@ def _choose_gpu_backend() -> dict[str, str]:
     with_cuda = set(extension.cuda_ops()) if extension is not None else set()
     if wanted == "cuda" and not with_cuda:
         raise RuntimeError("SHIRA_GPU_BACKEND=cuda, but there are no CUDA C++ kernels in this build")
+    # Not reason_unavailable: a GPU may come later than the import, and asking for one would touch it.
+    is_installed = importlib.util.find_spec("triton") is not None
+    written = {module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("triton"))])}
     choice = {}
     for op in OPS:
-        # Not reason_unavailable: a GPU may come later than the import, and asking for one would touch it.
-        has_triton = (
-            importlib.util.find_spec("triton") is not None
-            and importlib.util.find_spec(f"shira_kernels.triton.{_with_kernels(op)}") is not None
-        )
         if op in with_cuda and wanted != "triton":
             choice[op] = "cuda"
-        elif has_triton:
+        elif is_installed and _with_kernels(op) in written:
             choice[op] = "triton"
-        elif wanted == "triton" and importlib.util.find_spec("triton") is None:
+        elif wanted == "triton" and not is_installed:
             raise RuntimeError(f"SHIRA_GPU_BACKEND=triton, but shira::{op} cannot run on it: triton is not installed")
         else:
             choice[op] = "reference"
