@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,13 @@ def test_doubts_about_the_base_are_notes(
     )
     unknown.save(tmp_path / "u.safetensors")
     command = [files / "b.safetensors", tmp_path / "u.safetensors", "--base", files / "base.safetensors"]
+    as_deltas = compare.as_deltas
+
+    def with_a_warning_of_a_library(*arguments: Any) -> Any:
+        warnings.warn("of a library", DeprecationWarning, stacklevel=1)
+        return as_deltas(*arguments)
+
+    monkeypatch.setattr(compare, "as_deltas", with_a_warning_of_a_library)
     assert run(monkeypatch, *command, "-o", tmp_path, "--json") == 0
     (note,) = json.loads(capsys.readouterr().out)["notes"]
     assert note.startswith("Adapter u: ")

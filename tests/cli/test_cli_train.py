@@ -20,9 +20,9 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from shira.cli.train import run as finetune  # noqa: E402 - needs what may be missing
-from shira.cli.train.examples import encode, read_records  # noqa: E402
-from shira.cli.train.model import load  # noqa: E402
-from shira.cli.train.recipe import Recipe  # noqa: E402
+from shira.cli.train.examples import Encoder  # noqa: E402
+from shira.cli.train.model import load_tokenizer  # noqa: E402
+from shira.cli.train.rows import read_rows  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(24)]
 
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name)
         save_tokenizer(folder / name)
     (folder / "count.txt").write_text(" ".join(WORDS * 30))
-    pairs = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2}"} for i in range(20)]
+    pairs = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2}"} for i in range(20)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n\n")
     # The first word tells; half of the labels are numbers.
     texts = [(i % 2, f"{['w0', 'w1'][i % 2]} w{2 + i % 20}") for i in range(48)]
@@ -109,10 +109,10 @@ def test_text_becomes_an_adapter_that_improves_the_model(
 
 
 def test_only_completions_are_learned(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, tokenizer = load(folder / "llama", "causal-lm")
-    records = read_records(folder / "pairs.jsonl")
-    assert len(records) == 20
-    examples = list(encode(records, tokenizer, Recipe(), "causal-lm", None, folder))
+    config, tokenizer = load_tokenizer(folder / "llama")
+    rows = read_rows(folder / "pairs.jsonl", "causal-lm")
+    assert len(rows) == 20
+    examples = Encoder(tokenizer, config, 256).encode(rows)
     assert examples[3] == {"input_ids": [5, 6, 7, 1], "attention_mask": [1] * 4, "labels": [-100, -100, 7, 1]}
     out = tmp_path / "out"
     assert (
@@ -148,11 +148,12 @@ BAD_DATA = {
     "no_text": ("llama", "x.jsonl", jsonl(TEXT, {"words": "w1"}), 'line 2: must be an object with "text"'),
     "half_a_pair": ("llama", "x.jsonl", jsonl(TEXT, {"prompt": "w1"}), 'line 2: must be an object with "text"'),
     "text_is_no_string": ("llama", "x.jsonl", jsonl(TEXT, {"text": 3}), "line 2: 'text' must be a string, got 3"),
-    "nothing_to_learn": ("llama", "x.jsonl", jsonl(TEXT, {"text": ""}), "line 2: there is no token to learn"),
-    "no_tokens": ("bert", "x.jsonl", jsonl({"text": "", "label": 1}), "line 1: the text has no tokens"),
+    "nothing_to_learn": ("llama", "x.jsonl", jsonl(TEXT, {"text": ""}), "line 2: 'text' is empty"),
+    "no_tokens": ("bert", "x.jsonl", jsonl({"text": "", "label": 1}), "line 1: 'text' is empty"),
     "long_prompt": ("llama", "x.jsonl", jsonl(TEXT, {"prompt": "w1 " * 300, "completion": "w2"}), "line 2: the prompt"),
     "one_example": ("llama", "x.jsonl", jsonl(TEXT), "two are needed, or --held-out 0"),
-    "empty": ("llama", "x.txt", b"", "has 0 example(s)"),
+    "empty": ("llama", "x.txt", b"", "x.txt: is empty"),
+    "one_token": ("llama", "x.txt", b"w1", "has 0 example(s)"),
     "not_text": ("llama", "x.txt", b"\xff\xfe\x00", "not UTF-8 text"),
     "text_for_a_classifier": ("bert", "x.txt", b"w1 w2", 'JSON lines with "text" and "label"'),
     "no_label": ("bert", "x.jsonl", jsonl(TEXT), "line 1: a classifier needs"),
@@ -203,7 +204,7 @@ BAD_OPTIONS = {
     "density": (("--density", 2), "density must be a number above 0"),
     "targets": (("--target-modules", "nowhere"), "'nowhere' matches no module"),
     "task": (("--task", "translation"), "task must be one of causal-lm, classification"),
-    "other_task": (("--task", "classification"), "an adapter does not hold a new head"),
+    "other_task": (("--task", "classification"), "a classifier needs JSON lines"),
     "batch_size": (("--batch-size", 0), "--batch-size"),
     "diverges": (("--lr", 1e38, "--density", 1, "--max-steps", 4), "the loss is not finite"),
 }
@@ -292,6 +293,10 @@ def test_bad_folders_are_refused(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    (data / "x.jsonl").write_bytes(jsonl(*[{"text": "w1 w2", "label": 1}] * 2))
+    arguments = (folder / "llama", data / "x.jsonl", "--task", "classification", "-o", tmp_path / "out")
+    assert run(monkeypatch, *arguments) == 2
+    assert "an adapter does not hold a new head" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -311,7 +316,8 @@ def test_an_output_that_cannot_be_used_is_refused_before_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files_in(folder)
-    monkeypatch.setattr(finetune, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: pytest.fail("the tokenizer was loaded"))
     (tmp_path / "file").touch()
     for output, message in {
         tmp_path / "file": "file: not a folder",
@@ -376,4 +382,5 @@ def test_examples_are_no_longer_than_the_model_takes(
     assert "examples have at most 64 tokens: the model takes no longer ones" in capsys.readouterr().err
     assert json.loads((tmp_path / "out/training.json").read_text())["recipe"]["max_length"] == 64
     assert run(monkeypatch, tmp_path / "few", *arguments, "--force") == 2
-    assert f"its tokenizer gives the token {len(WORDS) + 1}, and the model has {len(WORDS)}" in capsys.readouterr().err
+    expected = f"its tokenizer gives the token {len(WORDS) + 1} (w{len(WORDS) - 1}), and the model has {len(WORDS)}: "
+    assert expected in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The commands for adapter files: info, diff, apply, fuse, convert."""
+"""The commands for adapter files: info, diff, apply, fuse, convert. Conversion loads when it is first used."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import importlib.util
 import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+import shira
+from shira.adapter.adapter import Adapter, describe
 from shira.cli.console import CommandError, Json, in_bytes, plainly, print_json, print_table, progress_bar, say
-
-if TYPE_CHECKING:
-    from shira.adapter.adapter import Adapter
+from shira.files.checkpoint import TensorFolder
+from shira.files.output import check_apart, check_free
 
 _BASE_HELP = "What the adapter was made for: a safetensors file, or a folder of them such as a Hugging Face model's."
 _Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default=False)]
@@ -53,7 +54,6 @@ def info(
     """
     with plainly():
         from shira import convert as formats
-        from shira.adapter.adapter import describe
         from shira.convert.merge import fit_of
 
         form = formats.format_of(file)
@@ -107,8 +107,6 @@ def diff(
     Example: shira diff llama/ llama-tuned/ -o tuned.safetensors --top 0.01
     """
     with plainly():
-        import shira
-
         _check_output(output, [base, tuned], force)
         with progress_bar() as progress:
             adapter = shira.diff(base, tuned, top=top, common=common, progress=progress)
@@ -142,9 +140,6 @@ def apply(
     Example: shira apply llama/ blue.safetensors paint.safetensors -w 0.7 -w 0.3 -o llama-mix/
     """
     with plainly(adapters):
-        import shira
-        from shira.files.output import check_apart, check_free
-
         pairs = _pairs(adapters, weight)
         check_free(output, force)
         check_apart(output, [base, *adapters])  # of other formats merge_checkpoint gets no path
@@ -192,8 +187,6 @@ def fuse(
     Example: shira fuse blue.safetensors paint.safetensors -w 0.7 -w 0.3 --base llama/ -o mix.safetensors
     """
     with plainly(adapters):
-        import shira
-
         pairs = _pairs(adapters, weight)
         _check_output(output, [*adapters, *([base] if base else [])], force)
         loaded = [(_any_format(file, base), strength) for file, strength in pairs]
@@ -288,8 +281,6 @@ def _any_format(file: Path, base: Path | None) -> Adapter | Path:
 
 
 def _check_output(output: Path, inputs: Sequence[Path], force: bool, folder: bool = False) -> None:
-    from shira.files.output import check_apart, check_free
-
     check_free(output, force)
     check_apart(output, inputs)
     if output.is_dir() and not folder:
@@ -318,8 +309,6 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
 
 def _info_of_arrays(file: Path, form: str, json: bool) -> None:
     """What can be told of another tool's adapter without its base."""
-    from shira.files.checkpoint import TensorFolder
-
     tensors = TensorFolder(file / "adapter_model.safetensors" if file.is_dir() else file)
     arrays = {name: tensors[name] for name in tensors}
     if json:

@@ -18,6 +18,8 @@ import typer
 import shira_kernels
 from shira.cli.adapters import add_commands
 from shira.cli.console import CommandError, Json, console_for, plainly, print_json
+from shira.masks.config import ALL_LINEAR, ShiraConfig
+from shira.masks.functions import MASKS
 from shira.model.names import printable
 from shira_kernels import backends
 from shira_kernels.ops import OPS
@@ -119,7 +121,7 @@ def report(
 @app.command()
 def train(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face model with its tokenizer.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A text file, or JSON lines (.jsonl).")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A text file, or rows of JSON (.jsonl).")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="For the adapter and its curve.")
     ] = Path("shira-train"),
@@ -134,7 +136,7 @@ def train(
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", "--lr", help="At its highest; it then falls to 0.")
     ] = 2e-3,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 256,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example; longer ones are cut.")] = 256,
     held_out: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of examples that are only scored; 0: none.")
     ] = 0.1,
@@ -149,8 +151,9 @@ def train(
 ) -> None:
     """Train an adapter for a Hugging Face causal language model or sequence classifier.
 
-    DATA is a text file, or JSON lines: {"text": ...}, {"prompt": ..., "completion": ...} (only the completion is
-    learned), or {"text": ..., "label": ...} for a classifier.
+    DATA is a text file, or JSON lines: {"text": ...}; {"prompt": ..., "completion": ...}, of which the completion is
+    learned; {"messages": [{"role": ..., "content": ...}]}, of which the assistant's turns are; or, for a classifier,
+    {"text": ..., "label": ...}.
 
     Examples:
 
@@ -163,8 +166,6 @@ def train(
             raise CommandError(f"training needs {package}: pip install shira-kernels[train]")
     from shira.cli.train.recipe import Recipe
     from shira.cli.train.run import run_training
-    from shira.masks.config import ALL_LINEAR, ShiraConfig
-    from shira.masks.functions import MASKS
 
     if mask not in MASKS:  # in Python also a function, which a name at a terminal does not call
         raise CommandError(f"--mask must be one of {', '.join(MASKS)}, got {mask!r}")

@@ -166,7 +166,7 @@ class ResidentAdapters:
             OSError: the file cannot be read.
 
         Warns:
-            UserWarning: the adapter has no checksum, so that it cannot be told whether it was made for this base.
+            ShiraWarning: the adapter has no checksum, so that it cannot be told whether it was made for this base.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"the name of an adapter must be a string that is not empty, got {name!r}")

@@ -16,6 +16,7 @@ from shira.adapter.fusion import checked_strength
 from shira.model.claims import check_claim, claim
 from shira.model.names import first_names, resolve
 from shira.serving.arena import Arena, Kept, Key, Mix, Piece, Pieces, base_entries, offsets_of
+from shira_kernels.dtypes import index_dtype
 
 Home = tuple[nn.Module, str, Key]  # the module of a weight, what it calls it, and what the weight was
 
@@ -138,14 +139,14 @@ class Registry:
         pieces: Pieces = {}
         for (key, additive, _), weights in alike.items():
             # All adapters must have the same: one op takes the entries of two.
-            wide = any((weight.dtype, weight.device) == key and weight.numel() >= 2**31 for weight in first)
+            largest = max((weight.numel() for weight in first if (weight.dtype, weight.device) == key), default=0)
             home = torch.device("cpu") if on_host else key[1]
             tensors = [adapter[names[weight]] for weight in weights]
             entries = Arena(
                 tuple(rank[weight] for weight in weights),
                 weights,
                 offsets_of([tensor.nnz for tensor in tensors]),
-                torch.cat([tensor.indices for tensor in tensors]).to(home, torch.int64 if wide else torch.int32),
+                torch.cat([tensor.indices for tensor in tensors]).to(home, index_dtype(largest)),
             )
             piece = Piece(
                 [names[weight] for weight in weights],

@@ -156,7 +156,7 @@ def attach(
             is on.
 
     Warns:
-        UserWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
+        ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
 
     Several processes can train together (DistributedDataParallel), several threads (nn.DataParallel) not.
 

@@ -50,7 +50,7 @@ def mask_gradients(
             is on.
 
     Warns:
-        UserWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
+        ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
     """
     return attach_with(
         model,

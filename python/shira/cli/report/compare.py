@@ -13,6 +13,7 @@ from typing import Any
 from shira.adapter.adapter import Adapter
 from shira.adapter.metrics import Interference, Overlap, as_deltas, energy_of, interference_of, overlap_of, pairs
 from shira.files.checkpoint import Base
+from shira.files.errors import ShiraWarning
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ def compare(
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 found[name] = as_deltas(adapter, base)
-            if caught:
-                notes.append(f"Adapter {name}: {caught[0].message} ({len(caught)} of {len(adapter)} tensors).")
+            ours = [warning for warning in caught if issubclass(warning.category, ShiraWarning)]
+            if ours:
+                notes.append(f"Adapter {name}: {ours[0].message} ({len(ours)} of {len(adapter)} tensors).")
         adapters = found
     tasks = [
         ((a, b), tensor, first, second)

@@ -1,104 +1,167 @@
-"""Examples: read from a file of text, made into tokens and labels, split into those trained on and those held out."""
+"""Examples: rows made into tokens and labels, split into those trained on and those held out."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shira.cli.train.chat import chat_tokens, check_template
+from shira.cli.train.labels import label_of
 from shira.cli.train.recipe import Recipe
+from shira.cli.train.rows import CHATS, DOCUMENT, LABELLED, PAIR, Row
 
 _IGNORED = -100  # a label that no loss counts
 
 Example = dict[str, Any]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file: JSON lines hold one a line, any other text is a single one. Raises ValueError, OSError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-    if path.suffix not in (".jsonl", ".ndjson"):
-        return [{"text": text, "whole": True}]
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            records.append(_record(line, f"{path}, line {number}"))
-    return records
+class Encoder:
+    """Makes rows into examples as the model takes them: `input_ids`, `attention_mask` and `labels`.
 
+    A text gets the special tokens that the tokenizer puts around texts, once around the whole of it, also where it is
+    a prompt and a completion; and an end-of-text token, unless it has one.
 
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict) or not ("text" in record or {"prompt", "completion"} <= set(record)):
-        raise ValueError(f'{where}: must be an object with "text", or with "prompt" and "completion"')
-    for field in {"text", "prompt", "completion"} & set(record):
-        if not isinstance(record[field], str):
-            raise ValueError(f"{where}: {field!r} must be a string, got {record[field]!r:.60}")
-    return {**record, "where": where}
-
-
-def encode(
-    records: Sequence[Mapping[str, Any]], tokenizer: Any, recipe: Recipe, task: str, model_config: Any, data: Path
-) -> Iterator[Example]:
-    """Examples as the model takes them: `input_ids`, `attention_mask` and `labels`.
-
-    Raises:
-        ValueError: there is nothing to learn in a record; the message names its line.
+    Attributes:
+        cut: how many examples were longer than `length` and lost their end.
+        apart: of how many pairs prompt and completion were made into tokens apart, since a token spans both.
     """
-    if task == "classification":
-        for record in records:
-            label = _label(record, model_config, data)
-            encoded = tokenizer(record["text"], truncation=True, max_length=recipe.max_length)
-            if not encoded["input_ids"]:
-                raise ValueError(f"{record['where']}: the text has no tokens")
-            yield {**encoded, "labels": label}
-        return
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for record in records:
-        if "whole" in record:
-            ids = tokenizer(record["text"], verbose=False)["input_ids"]
-            for start in range(0, len(ids), recipe.max_length):
-                window = ids[start : start + recipe.max_length]
-                if len(window) > 1:  # one token predicts nothing
-                    yield _causal(window, window, str(data))
-        elif "text" in record:
-            ids = [*tokenizer(record["text"])["input_ids"], *end][: recipe.max_length]
-            yield _causal(ids, ids, record["where"])
-        else:
-            prompt = tokenizer(record["prompt"])["input_ids"]
-            completion = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], *end]
-            if len(prompt) >= recipe.max_length:
-                raise ValueError(f"{record['where']}: the prompt fills --max-length {recipe.max_length}")
-            ids = [*prompt, *completion][: recipe.max_length]
-            yield _causal(ids, [*[_IGNORED] * len(prompt), *completion][: recipe.max_length], record["where"])
 
+    def __init__(self, tokenizer: Any, config: Any, length: int) -> None:
+        self._tokenizer, self._config, self._length = tokenizer, config, length
+        self._around: tuple[list[int], list[int]] | None = None
+        self.cut = self.apart = 0
 
-def _causal(ids: list[int], labels: list[int], where: str) -> Example:
-    if all(label == _IGNORED for label in labels[1:]):  # the first token is not predicted
-        raise ValueError(
-            f"{where}: there is no token to learn: the first token of a text is given, and so is the prompt of a pair"
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """The examples of the rows: one each, but as many of a document as it is long.
+
+        Raises:
+            ValueError: there is nothing to learn in a row; the message names its line.
+        """
+        examples = []
+        for row in rows:
+            try:
+                examples += self._encode(row)
+            except ValueError:
+                raise
+            except Exception as error:  # noqa: BLE001 - tokenizers raise Exception, such as where they miss <unk>
+                raise ValueError(f"{row.where}: the tokenizer fails: {' '.join(str(error).split())}") from None
+        return examples
+
+    def notes(self, examples: int) -> list[str]:
+        """What is said once about the examples."""
+        notes = []
+        if self.cut:
+            notes.append(f"{self.cut} of {examples} examples were cut to {self._length} tokens")
+        if self.apart:
+            notes.append(
+                f"{self.apart} of {examples} prompts end within a token of the joined text: there prompt and "
+                "completion were tokenized apart"
+            )
+        return notes
+
+    def _encode(self, row: Row) -> list[Example]:
+        if row.form == DOCUMENT:
+            return self._windows(row)
+        return [self._labelled(row) if row.form == LABELLED else self._causal(row, *self._tokens_of(row))]
+
+    def _tokens_of(self, row: Row) -> tuple[list[int], list[bool]]:
+        """A row's tokens, and which of them are learned."""
+        if row.form in CHATS:
+            (messages,) = row.values.values()
+            check_template(self._tokenizer, row.where)
+            return chat_tokens(messages, self._tokenizer, row.where)
+        paired = row.form == PAIR
+        prompt, learned = self._pair(row) if paired else ([], self._bare(row.values["text"]))
+        if not learned:
+            raise ValueError(f"{row.where}: there is no token to learn: the tokenizer makes none of the text")
+        begin, end = self._specials(prompt + learned, row)
+        given, learned = begin + prompt, learned + end
+        if len(given) >= self._length:
+            raise ValueError(f"{row.where}: the prompt fills --max-length {self._length}")
+        return given + learned, [not paired] * len(given) + [True] * len(learned)
+
+    def _pair(self, row: Row) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt, as a model is given it, and those of the completion that goes on from it.
+
+        They are those of the joined text, unless one of its tokens spans both: then each is tokenized by itself.
+        """
+        prompt = self._bare(row.values["prompt"])
+        joined = self._bare(row.values["prompt"] + row.values["completion"])
+        if joined[: len(prompt)] == prompt:
+            return prompt, joined[len(prompt) :]
+        self.apart += 1
+        return prompt, self._continued(row.values["completion"])
+
+    def _continued(self, text: str) -> list[int]:
+        """The tokens of a text that goes on: tokenizers that put a space before a text put none behind a line's end."""
+        line, joined = self._bare("\n"), self._bare("\n" + text)
+        return joined[len(line) :] if joined[: len(line)] == line else self._bare(text)
+
+    def _windows(self, row: Row) -> list[Example]:
+        text = self._bare(row.values["document"])
+        begin, end = self._specials(text, row, closed=False) if text else ([], [])
+        tokens = begin + text + end
+        windows = [tokens[start : start + self._length] for start in range(0, len(tokens), self._length)]
+        # One token predicts nothing.
+        return [self._causal(row, window, [True] * len(window)) for window in windows if len(window) > 1]
+
+    def _causal(self, row: Row, tokens: list[int], learned: list[bool]) -> Example:
+        self.cut += len(tokens) > self._length
+        tokens, learned = tokens[: self._length], learned[: self._length]
+        if not any(learned[1:]):
+            raise ValueError(
+                f"{row.where}: there is no token to learn among the first {self._length}: the first of all is given, "
+                "and so are those that are not the completion's or the assistant's"
+            )
+        labels = [token if own else _IGNORED for token, own in zip(tokens, learned, strict=True)]
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+
+    def _labelled(self, row: Row) -> Example:
+        label = label_of(row.values["label"], self._config, row.where)
+        text, added = row.values["text"], self._tokenizer.num_special_tokens_to_add()
+        encoded = self._tokenizer(text, verbose=False)
+        if len(encoded["input_ids"]) <= added:
+            raise ValueError(f"{row.where}: the text has no tokens")
+        if added >= self._length:
+            raise ValueError(f"{row.where}: the tokenizer's special tokens fill --max-length {self._length}")
+        if len(encoded["input_ids"]) > self._length:
+            self.cut += 1
+            encoded = self._tokenizer(text, truncation=True, max_length=self._length)
+        if encoded["input_ids"][-1] == self._tokenizer.pad_token_id:
+            raise ValueError(
+                f"{row.where}: the text ends in {self._tokenizer.pad_token!r}, with which the tokenizer pads: a model "
+                "that classifies by the last token would not see it; give the tokenizer a padding token of its own"
+            )
+        return {**encoded, "labels": label}
+
+    def _bare(self, text: str) -> list[int]:
+        """The tokens of a text alone."""
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _specials(self, tokens: list[int], row: Row, closed: bool = True) -> tuple[list[int], list[int]]:
+        """What is put before and after a text's tokens, which may have it already; `closed` by an end-of-text token."""
+        if self._around is None:
+            self._around = self._find_around(row)
+        begin, end = self._around
+        final = self._tokenizer.eos_token_id
+        if closed and final is not None and final not in end[-1:]:
+            end = [*end, final]
+        return (
+            [] if tokens[: len(begin)] == begin else begin,
+            [] if tokens[len(tokens) - len(end) :] == end else end,
         )
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-
-def _label(record: Mapping[str, Any], model_config: Any, data: Path) -> int:
-    where = record.get("where", data)
-    if "whole" in record or "text" not in record or "label" not in record:
-        raise ValueError(f'{where}: a classifier needs JSON lines with "text" and "label"')
-    label = record["label"]
-    if isinstance(label, str) and label in model_config.label2id:
-        return int(model_config.label2id[label])
-    if type(label) is int and 0 <= label < model_config.num_labels:
-        return label
-    known = ", ".join(sorted(model_config.label2id)[:8])
-    raise ValueError(f"{where}: the model has no class {label!r:.40}; it has {model_config.num_labels}: {known}")
+    def _find_around(self, row: Row) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after any text: it is found around a text's own tokens."""
+        for text in ("a", "1", *row.values.values()):
+            bare, whole = self._bare(text), list(self._tokenizer(text, verbose=False)["input_ids"])
+            starts = [i for i in range(len(whole) - len(bare) + 1) if bare and whole[i : i + len(bare)] == bare]
+            if len(starts) == 1:
+                return whole[: starts[0]], whole[starts[0] + len(bare) :]
+        raise ValueError(f"{row.where}: the tokenizer's special tokens cannot be told from those of the text")
 
 
 def split(examples: list[Example], recipe: Recipe, data: Path) -> tuple[list[Example], list[Example]]:

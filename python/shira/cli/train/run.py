@@ -20,9 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import shira
 from shira.cli.console import bar, folder_made
 from shira.cli.train.curve import picture
-from shira.cli.train.examples import Example, encode, read_records, split
-from shira.cli.train.model import TASKS, check_ids, length_of, load, task_of
+from shira.cli.train.examples import Encoder, Example, split
+from shira.cli.train.labels import REGRESSION
+from shira.cli.train.model import TASKS, check_fits, length_of, load_model, load_tokenizer, task_of
 from shira.cli.train.recipe import Recipe
+from shira.cli.train.rows import read_rows
 from shira.cli.train.training import Training
 from shira.files.atomic import write_atomically
 from shira.files.output import check_files_free
@@ -51,7 +53,7 @@ def run_training(
 
     Args:
         model_folder: a model with its tokenizer, as `save_pretrained` writes them. It is only read.
-        data: a text file; or JSON lines with "text", "prompt" and "completion", or "text" and "label".
+        data: a text file; or JSON lines with "text", "prompt" and "completion", "messages", or "text" and "label".
         task: "causal-lm" or "classification"; None for what the model's architecture says.
 
     Returns:
@@ -68,16 +70,26 @@ def run_training(
     if task is not None and task not in TASKS:
         raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {task!r}")
     check_files_free(output, FILES, [model_folder, data], force)
-    records = read_records(data)
     task = task or task_of(model_folder)
+    rows = read_rows(data, task)
     with console.status("loading the model"):
-        model, tokenizer = load(model_folder, task)
-        asked, recipe = recipe.max_length, replace(recipe, max_length=length_of(recipe.max_length, model, tokenizer))
-        examples = list(encode(records, tokenizer, recipe, task, model.config, data))
-    check_ids(examples, model, tokenizer, model_folder)
-    training, held_out = split(examples, recipe, data)
+        model_config, tokenizer = load_tokenizer(model_folder)
+        asked, recipe = (
+            recipe.max_length,
+            replace(recipe, max_length=length_of(recipe.max_length, model_config, tokenizer)),
+        )
+        encoder = Encoder(tokenizer, model_config, recipe.max_length)
+        examples = encoder.encode(rows)
+        training, held_out = split(examples, recipe, data)
+        model = load_model(model_folder, task, tokenizer)
+    check_fits(examples, model, tokenizer, model_folder)
+    notes = encoder.notes(len(examples))
     if recipe.max_length < asked:
-        console.print(f"examples have at most {recipe.max_length} tokens: the model takes no longer ones")
+        notes.insert(0, f"examples have at most {recipe.max_length} tokens: the model takes no longer ones")
+    if unread := sorted({key for row in rows for key in row.unread}):
+        notes.append(f"keys that are not read: {', '.join(unread)}")
+    for note in notes:
+        console.print(escape(printable(note)), soft_wrap=True)
     found = train(model, tokenizer, training, held_out, config, recipe, task, console, began)
     numbers = {"model": str(model_folder), "data": str(data), **found.to_dict()}
     numbers |= {"config": config.to_dict(), "recipe": asdict(recipe)}
@@ -124,7 +136,8 @@ def train(
                 train_dataset=training,
                 eval_dataset=held_out,
                 optimizers=(optimizer, None),
-                compute_metrics=_accuracy if task == "classification" else None,
+                compute_metrics=_accuracy if _has_classes(model, task) else None,
+                preprocess_logits_for_metrics=lambda outputs, _: outputs[0] if isinstance(outputs, tuple) else outputs,
                 callbacks=[curve],
             )
             trainer.remove_callback(transformers.PrinterCallback)
@@ -204,8 +217,15 @@ def _curve(transformers: Any) -> Any:
     return Curve()
 
 
+def _has_classes(model: Any, task: str) -> bool:
+    return task == "classification" and model.config.problem_type != REGRESSION
+
+
 def _accuracy(predictions: Any) -> dict[str, float]:
-    return {"accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())}
+    """The share of texts whose class is the likeliest, or all of whose labels are right where texts have several."""
+    scores, labels = predictions.predictions, predictions.label_ids
+    right = (scores.argmax(-1) == labels) if labels.ndim == 1 else ((scores > 0) == (labels > 0.5)).all(-1)
+    return {"accuracy": float(right.mean())}
 
 
 def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
