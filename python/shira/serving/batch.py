@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from shira.serving.pages import Counts, Deltas, Immovable, Pages
 from shira.serving.registry import Registry
 from shira.serving.staging import Staging
 from shira.serving.switching import Switching
+from shira.serving.trial import Trial
 from shira_kernels.dtypes import compute_dtype
 
 MODES = ("auto", "fused", "unfused")
@@ -32,6 +34,7 @@ class Batch:
     names: set[str] = field(default_factory=set)
     modules: list[nn.Module] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
+    trial: Trial | None = None
 
 
 class Batches:
@@ -53,7 +56,9 @@ class Batches:
         self._switching = switching
         self._rows: dict[torch.device, rows.Rows] = {}
         self._obstacles: dict[str, str] = {}  # why an adapter cannot be unfused
-        self._linears: dict[torch.Tensor, list[nn.Module]] = {}  # of weights that batches change, the layers
+        self._linears: dict[torch.Tensor, dict[str, nn.Module]] = {}  # of weights that batches change, the layers
+        # By layout, the layers that are known to get the rows where it says.
+        self._tried: dict[str, WeakSet[nn.Module]] = {word: WeakSet() for word in ("first", "repeated")}
 
     @property
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -71,8 +76,8 @@ class Batches:
                 if reason := layers.obstacle(weight, users, skipped):
                     self._obstacles[name] = f"{tensor_name}: {reason}"
                     return
-                linears[weight] = [module for _, module, _ in users[weight]]
-                transposed[weight] = bool(layers.is_transposed(linears[weight][0]))
+                linears[weight] = {own: module for own, module, _ in users[weight]}
+                transposed[weight] = bool(layers.is_transposed(users[weight][0][1]))
         self._linears.update(linears)
         self.pages.register(name, _counts(pieces), transposed)
 
@@ -106,12 +111,21 @@ class Batches:
         return [tuple(sorted(self._registry.mix_of(name, "batch"))) for name in names]
 
     @torch.no_grad()
-    def open(self, batch: Batch, mixes: list[Mix], mode: str, tokens: int | None, fuse: Callable[[], None]) -> None:
+    def open(
+        self,
+        batch: Batch,
+        mixes: list[Mix],
+        layout: rows.Layout,
+        mode: str,
+        tokens: int | None,
+        fuse: Callable[[], None],
+    ) -> None:
         """Opens a batch: the layers add to each row what its mix changes, or the weights hold the mix of all rows.
 
         Args:
             batch: what is changed is noted in it, so that `close` can take it back also after an error.
             mixes: of the rows; sorted by name.
+            layout: where a layer's input has the rows.
             mode: one of MODES.
             tokens: if known, how many the block will run.
             fuse: calls `fuse` with the mix of all rows, under the bank's lock. Layers call it once that is cheaper.
@@ -141,13 +155,23 @@ class Batches:
         with interrupts_held():
             self.opened = batch
             for device in {weight.device for weight in self.pages.tables}:
-                self._rows.setdefault(device, rows.Rows(device)).set(slots, meter)
+                self._rows.setdefault(device, rows.Rows(device)).set(slots, meter, layout)
             batch.weights.extend(self.pages.tables)
             self._registry.claim(batch.weights)
             for weight, table in self.pages.tables.items():
-                for module in self._linears[weight]:
+                for name, module in self._linears[weight].items():
                     batch.modules.append(module)
-                    layers.enter(module, table, self._rows[weight.device])
+                    layers.enter(name, module, table, self._rows[weight.device])
+            if len(distinct) > 1 and isinstance(layout, str) and layout in self._tried:
+                self._try(batch, len(mixes), self._tried[layout])
+
+    def _try(self, batch: Batch, rows: int, tried: WeakSet[nn.Module]) -> None:
+        """Has layers that have not been tried with this layout tried in the next forward."""
+        untried = {module for module in batch.modules if module not in tried}
+        if untried:
+            names = {table.row_ptr: " or ".join(self._linears[weight]) for weight, table in self.pages.tables.items()}
+            batch.trial = Trial(self._registry.model, untried, names, rows, tried.update)
+            batch.trial.open()
 
     @torch.no_grad()
     def fuse(self, mix: Mix) -> None:
@@ -163,6 +187,8 @@ class Batches:
         follow: lets GPUs wait for earlier calls. If it raises, the layers are as before the batch, but a mix that the
             weights hold stays in them.
         """
+        if batch.trial is not None:
+            batch.trial.close()
         for module in batch.modules:
             layers.leave(module)
         self.opened = None
@@ -182,7 +208,7 @@ class Batches:
     def _check_linears(self) -> None:
         """Raises RuntimeError if a layer is not what it was when adapters were added."""
         for modules in self._linears.values():
-            for module in modules:
+            for module in modules.values():
                 if layers.is_transposed(module) is None or "forward" in vars(module):
                     raise RuntimeError(
                         f"batch: the forward of a {type(module).__name__} was replaced since an adapter was added"
@@ -242,8 +268,9 @@ class Batches:
         return deltas
 
 
-def check_options(mode: str, tokens: int | None) -> None:
-    """Raises ValueError for a mode that there is not, or a number of tokens that is none."""
+def check_options(layout: rows.Layout, mode: str, tokens: int | None) -> None:
+    """Raises ValueError for a layout or a mode that there is not, or a number of tokens that is none."""
+    rows.check_layout(layout)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if tokens is not None and (not is_int(tokens) or tokens < 0):
