@@ -143,7 +143,7 @@ def test_each_row_is_what_it_is_alone(kind: str, monkeypatch: pytest.MonkeyPatch
         close(got[i], want[i], 1e-4)
         close(again[i], want[i], 1e-4)
         assert row is None or float((base[i] - want[i]).abs().max()) > 0.01 * float(want[i].abs().max())
-    assert went == ([] if layout == "second" else [True])
+    assert went == [True]
     if layout != "first":
         with left_alone(model), torch.no_grad(), bank.batch(ROWS), pytest.raises(ValueError, match=f"rows='{layout}'"):
             output_of(model, given)
@@ -305,6 +305,34 @@ def test_a_sequence_that_is_first_and_as_long_as_the_batch() -> None:
     want = torch.cat(alone(bank, ROWS, lambda i: output_of(model, row_of(given, i))))
     with torch.no_grad(), bank.batch(ROWS, rows="second"):
         close(output_of(model, given), want, 1e-4)
+
+
+def test_layers_that_have_the_sequence_first_beside_others() -> None:
+    """Longformer's projections do, its dense layers do not, and the batch is as long as a sequence."""
+    model = made("LongformerModel", attention_window=[4, 4])
+    bank, given = bank_of(model), {"input_ids": ids(4, 4)}
+    for layout in ("first", "second"):
+        with (
+            torch.no_grad(),
+            bank.batch(ROWS, rows=layout),
+            pytest.raises(ValueError, match="without the batch's rows"),
+        ):
+            output_of(model, given)
+    want = torch.cat(alone(bank, ROWS, lambda i: output_of(model, row_of(given, i))))
+    with torch.no_grad(), bank.batch(ROWS, rows=lambda layer, x: "second" if ".self." in layer else "first"):
+        close(output_of(model, given), want, 1e-4)
+
+
+def test_positions_beside_packed_tokens() -> None:
+    model = Positions(4)
+    bank, x = bank_of(model), floats(1, 4, 12)
+    with torch.no_grad(), bank.batch(ROWS, rows="packed"), pytest.raises(ValueError, match="'of_table' got an input"):
+        model(x)
+    bank = bank_of(model, ["of_rows.weight"])
+    want = torch.cat(alone(bank, ROWS, lambda i: model(x[:, i])))
+    with torch.no_grad(), bank.batch(ROWS, rows="packed"):
+        close(model(x)[0], want)
+        close(model(torch.zeros_like(x))[0], model(torch.zeros(4, 12)))
 
 
 def test_experts_of_gathered_tokens() -> None:
@@ -478,6 +506,61 @@ def test_what_cannot_be_tried_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
         norm(x)
     assert went == [False]
     assert int(norm[1].num_batches_tracked) == 1
+
+
+def test_compiled_functions_are_tried_as_they_were_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiled code computes is not seen, op by op."""
+    torch._dynamo.reset()
+    compiles: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiles.append(1)
+        return graph.forward
+
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.norm = nn.LayerNorm(12)
+            self.norm.compile(backend=backend)
+            self.activation = torch.compile(lambda x: torch.tanh(x * 2), backend=backend)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.activation(self.norm(self.first(x))))
+
+    model, x = Compiled(), floats(4, 12)
+    bank = bank_of(model, linears(model))
+    with trials(monkeypatch) as went, torch.no_grad(), bank.batch(ROWS):
+        first = model(x)
+        assert went == [True]
+        assert not compiles
+        again = model(x)
+        assert compiles
+    want = torch.cat(alone(bank, ROWS, lambda i: model(x[i : i + 1])))
+    close(first, want)
+    close(again, want)
+    in_place = Gathered()
+    in_place.compile(backend=backend)
+    for whole in (in_place, torch.compile(Gathered(), backend=backend)):
+        bank = bank_of(whole)
+        with torch.no_grad(), bank.batch(ROWS), pytest.raises(ValueError, match="'expert' got an input"):
+            whole(x)
+
+
+def test_a_model_that_is_compiled_around_the_bank_is_compiled_once() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model, x = nn.Sequential(nn.Linear(12, 12), nn.Sequential(nn.Linear(12, 12))), floats(4, 12)
+    bank = bank_of(model)
+    compiled = torch.compile(model, backend=counter)
+    want = torch.cat(alone(bank, ROWS, lambda i: model(x[i : i + 1])))
+    with torch.no_grad():
+        for _ in range(3):
+            with bank.batch(ROWS):
+                close(compiled(x), want)
+    assert counter.frame_count == 1
 
 
 def test_an_interrupt_in_a_trial_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

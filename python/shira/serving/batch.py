@@ -13,6 +13,7 @@ from torch import nn
 from shira.model.claims import claim
 from shira.model.interrupts import interrupts_held, no_autocast
 from shira.model.modules import bypassed, users_of
+from shira.model.names import canonical
 from shira.serving import arena, layers, rows
 from shira.serving.arena import Arena, Mix, Pieces, Plan
 from shira.serving.callers import Caller
@@ -58,7 +59,7 @@ class Batches:
         self._obstacles: dict[str, str] = {}  # why an adapter cannot be unfused
         self._linears: dict[torch.Tensor, dict[str, nn.Module]] = {}  # of weights that batches change, the layers
         # By layout, the layers that are known to get the rows where it says.
-        self._tried: dict[str, WeakSet[nn.Module]] = {word: WeakSet() for word in ("first", "repeated")}
+        self._tried: dict[str, WeakSet[nn.Module]] = {word: WeakSet() for word in rows.LAYOUTS}
 
     @property
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -161,16 +162,20 @@ class Batches:
             for weight, table in self.pages.tables.items():
                 for name, module in self._linears[weight].items():
                     batch.modules.append(module)
-                    layers.enter(name, module, table, self._rows[weight.device])
-            if len(distinct) > 1 and isinstance(layout, str) and layout in self._tried:
-                self._try(batch, len(mixes), self._tried[layout])
+                    layers.enter(canonical(name), module, table, self._rows[weight.device])
+            if len(distinct) > 1 and isinstance(layout, str):
+                self._try(batch, len(mixes), layout)
 
-    def _try(self, batch: Batch, rows: int, tried: WeakSet[nn.Module]) -> None:
+    def _try(self, batch: Batch, count: int, layout: str) -> None:
         """Has layers that have not been tried with this layout tried in the next forward."""
+        tried = self._tried[layout]
         untried = {module for module in batch.modules if module not in tried}
         if untried:
-            names = {table.row_ptr: " or ".join(self._linears[weight]) for weight, table in self.pages.tables.items()}
-            batch.trial = Trial(self._registry.model, untried, names, rows, tried.update)
+            names = {
+                table.row_ptr: " or ".join(canonical(name) for name in self._linears[weight])
+                for weight, table in self.pages.tables.items()
+            }
+            batch.trial = Trial(self._registry.model, untried, names, count, layout, tried.update)
             batch.trial.open()
 
     @torch.no_grad()

@@ -60,6 +60,7 @@ class Trial:
         layers: those that are tried.
         names: of the layers whose entries a table's `row_ptr` has, for errors.
         rows: how many the batch has.
+        layout: where they are, a word of `rows.LAYOUTS`.
         tried: receives the layers of a module that ran through, also those that it did not call.
     """
 
@@ -69,9 +70,11 @@ class Trial:
         layers: Collection[nn.Module],
         names: Mapping[torch.Tensor, str],
         rows: int,
+        layout: str,
         tried: Tried,
     ) -> None:
-        self._model, self._layers, self._names, self._rows, self._tried = model, layers, names, rows, tried
+        self._model, self._layers, self._names, self._tried = model, layers, names, tried
+        self._rows, self._layout = rows, layout
         self._lock = threading.Lock()  # held by the call that is computed twice
         self._watched: list[nn.Module] = []
 
@@ -95,7 +98,7 @@ class Trial:
             yield
             return
         try:
-            with _uncompiled(), _Exchanged(self._model, self._names, self._rows, inputs):
+            with _uncompiled(), _Exchanged(self._model, self._names, self._rows, self._layout, inputs):
                 yield
         finally:
             self._lock.release()
@@ -126,9 +129,11 @@ class _Exchanged(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, names: Mapping[torch.Tensor, str], rows: int, inputs: object) -> None:
+    def __init__(
+        self, model: nn.Module, names: Mapping[torch.Tensor, str], rows: int, layout: str, inputs: object
+    ) -> None:
         super().__init__()
-        self._names, self._rows = names, rows
+        self._names, self._rows, self._layout = names, rows, layout
         self._twins: Any = WeakTensorKeyDictionary()
         for module in model.modules():
             for held in tree_leaves(vars(module)):
@@ -169,20 +174,27 @@ class _Exchanged(TorchDispatchMode):
         for tensor in (row_ptr, *others.values()):
             if isinstance(tensor, torch.Tensor) and tensor not in self._twins:
                 self._twins[tensor] = tensor
-        if token_adapter.numel():
-            self._twins[token_adapter] = self._rolled(token_adapter)
-            got, want = (
-                each.reshape(-1, x.shape[-1]).float().nan_to_num() for each in (self._twin(x), self._rolled(x))
+        if token_adapter.numel() and not self._is_exchanged(x, token_adapter):
+            raise ValueError(
+                f"batch: {self._names[row_ptr]!r} got an input of shape {[*x.shape]} without the batch's rows, though "
+                "their number fits: when these were exchanged, it was not exchanged alike. If the sequence comes "
+                "first, say rows='second'; if it is not made of the batch's rows (positions that all rows share, "
+                "tokens gathered for an expert), its adapters can only be switched to; if you know better, let a "
+                f"function say so: rows=lambda layer, x: {self._layout!r}"
             )
-            away = (got - want).norm(dim=1) > _NEAR * want.norm(dim=1)
-            if int(away.sum()) > len(away) // _FEW:
-                raise ValueError(
-                    f"batch: {self._names[row_ptr]!r} got an input of shape {[*x.shape]} without the batch's rows, "
-                    "though their number fits: when these were exchanged, it was not exchanged alike. If the sequence "
-                    "comes first, say rows='second'; if it is not made of the batch's rows (positions that all rows "
-                    "share, tokens gathered for an expert), its adapters can only be switched to; if you know better, "
-                    "let a function say so: rows=lambda layer, x: 'first'"
-                )
+
+    def _is_exchanged(self, x: torch.Tensor, token_adapter: torch.Tensor) -> bool:
+        """Whether a layer's input is exchanged as the batch is. Exchanges the adapters of its tokens, too."""
+        twin = self._twin(x)
+        if self._layout == "packed":  # tokens of one sequence do not stand for each other: is it of the batch at all?
+            self._twins[token_adapter] = self._rolled(token_adapter, 0)
+            return twin is not x
+        dim = x.dim() - 2 if self._layout == "second" else 0
+        by_row = token_adapter.view(x.shape[:-1]) if self._layout == "second" else token_adapter
+        self._twins[token_adapter] = self._rolled(by_row, min(dim, by_row.dim() - 1)).reshape(-1)
+        got, want = (each.reshape(-1, x.shape[-1]).float().nan_to_num() for each in (twin, self._rolled(x, dim)))
+        away = (got - want).norm(dim=1) > _NEAR * want.norm(dim=1)
+        return int(away.sum()) <= len(away) // _FEW
 
     def _twin_of(self, func: Any, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gives what a call gives for its arguments' twins; None if these are the arguments themselves."""
@@ -230,15 +242,17 @@ class _Exchanged(TorchDispatchMode):
 
     def _next_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Gives a tensor with each row replaced by the next; itself if it has not as many rows, or several for each."""
-        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
-            return tensor
-        if tensor.dim() == 0 or tensor.shape[0] == 0 or tensor.shape[0] % self._rows:
+        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or not tensor.numel():
             return tensor
         if tensor.dim() == 1 and tensor.dtype in (torch.int32, torch.int64) and bool((tensor.diff() == 1).all()):
             return tensor  # positions
-        return self._rolled(tensor)
+        if self._layout in ("first", "repeated"):
+            dims = [0] if tensor.dim() and tensor.shape[0] % self._rows == 0 else []
+        else:
+            dims = [dim for dim in range(min(tensor.dim(), 2)) if tensor.shape[dim] == self._rows]
+        return self._rolled(tensor, dims[0]) if dims else tensor
 
-    def _rolled(self, tensor: torch.Tensor) -> torch.Tensor:
-        count = tensor.shape[0]
+    def _rolled(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        count = tensor.shape[dim]
         next_row = (torch.arange(count, device=tensor.device) + count // self._rows) % count
-        return tensor.index_select(0, next_row)  # which autocast leaves alone
+        return tensor.index_select(dim, next_row)  # which autocast leaves alone
