@@ -439,6 +439,70 @@ def test_a_nested_tensor_is_refused() -> None:
 # The trial itself
 
 
+@pytest.mark.parametrize("within", [torch.inference_mode, torch.enable_grad], ids=["inference", "grad"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2 moe", "t5"])
+def test_a_trial_in_other_modes(kind: str, within: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model, given, layout = MODELS[kind]
+    model = make_model()
+    bank = bank_of(model)
+    want = alone(bank, ROWS, lambda i: output_of(model, row_of(given, i))[0])
+    with trials(monkeypatch) as went, within(), bank.batch(ROWS, rows=layout):
+        got = output_of(model, given)
+    assert went == [True]
+    for i in range(4):
+        close(got[i].detach().clone(), want[i], 1e-4)
+
+
+def test_a_trial_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose rounded copies of the weights are kept, and have as many rows as the batch."""
+    model, x = Twice(), floats(4, 12)
+    bank = bank_of(model)
+    with trials(monkeypatch) as went, torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        with bank.batch(ROWS * 2), torch.no_grad():
+            model(x)
+    assert went == [False]
+    model = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 12))
+    bank = bank_of(model, ["0.weight", "2.weight"])
+    with trials(monkeypatch) as went, torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        with bank.batch(ROWS), torch.no_grad():
+            model(x)
+    assert went == [True]
+
+
+def test_two_banks_of_one_model_try_their_own_layers() -> None:
+    model, x = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)), floats(4, 12)
+    first, second = bank_of(model, ["0.weight"]), bank_of(model, ["1.weight"])
+    with torch.no_grad():
+        want = []
+        for i in range(4):
+            with first.using(ROWS[i]), second.using(ROWS[3 - i]):
+                want.append(model(x[i]))
+        for _ in range(2):
+            with left_alone(model), first.batch(ROWS), second.batch(ROWS[::-1]):
+                close(model(x), torch.stack(want))
+        outer, inner = first.batch(ROWS), second.batch(ROWS[::-1])
+        outer.__enter__()
+        inner.__enter__()
+        outer.__exit__(None, None, None)
+        inner.__exit__(None, None, None)
+    assert type(model) is nn.Sequential
+
+
+def test_a_class_that_refuses_subclasses_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Final(nn.Sequential):
+        def __init_subclass__(cls) -> None:
+            raise TypeError
+
+    model, x = Final(nn.Linear(12, 12)), floats(4, 12)
+    bank = bank_of(model)
+    want = torch.cat(alone(bank, ROWS, lambda i: model(x[i : i + 1])))
+    with trials(monkeypatch) as went, left_alone(model), torch.no_grad(), bank.batch(ROWS):
+        close(model(x), want)
+    assert not went
+
+
 def test_only_the_first_forward_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Small().eval(), inputs(3, 12)
     bank = small_bank(model)

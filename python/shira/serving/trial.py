@@ -83,8 +83,11 @@ class Trial:
         for module in self._model.modules():
             if module not in self._layers and any(inner in self._layers for inner in module.modules()):
                 self._watched.append(module)
+                try:
+                    module.__class__ = _watched_class(type(module))  # type: ignore[assignment, arg-type]
+                except (TypeError, ValueError, RuntimeError):  # a class that refuses subclasses
+                    continue
                 vars(module)["shira_trial"] = self
-                module.__class__ = _watched_class(type(module))  # type: ignore[assignment, arg-type]
 
     def close(self) -> None:
         """Takes back what `open` did, wherever that was interrupted."""
@@ -97,6 +100,7 @@ class Trial:
         if captured or not self._lock.acquire(blocking=False):
             yield
             return
+        torch.clear_autocast_cache()  # rounded weights of before would pass for a part of the batch
         try:
             with _uncompiled(), _Exchanged(self._model, self._names, self._rows, self._layout, inputs):
                 yield
@@ -152,7 +156,7 @@ class _Exchanged(TorchDispatchMode):
             return func(*args, **kwargs)
         given = {argument.name: argument.default_value for argument in func._schema.arguments} | kwargs
         given.update(zip(given, args, strict=False))
-        if func in (_ADD, _GIVE):
+        if func in (_ADD, _GIVE) and given["row_ptr"] in self._names:  # not those of another bank
             self._check(**given)
         try:
             twin = self._twin_of(func, given, args, kwargs)  # first, for `func` may write its arguments
@@ -231,7 +235,7 @@ class _Exchanged(TorchDispatchMode):
             return leaf
         twin = self._twins.get(leaf)
         if twin is None:
-            twin = self._twins[leaf] = self._next_rows(leaf)
+            twin = self._twins[leaf] = leaf if isinstance(leaf, nn.Parameter) else self._next_rows(leaf)
         return twin
 
     def _separate(self, written: torch.Tensor) -> None:
