@@ -253,9 +253,9 @@ class ResidentAdapters:
         self,
         names: Sequence[str | Mapping[str, float] | None],
         *,
-        rows: Layout = "first",
         mode: str = "auto",
         tokens: int | None = None,
+        rows: Layout = "first",
     ) -> Iterator[None]:
         """Inside the `with` block row i of the model's batch uses `names[i]`; the weights hold the base.
 
@@ -273,15 +273,15 @@ class ResidentAdapters:
 
         Args:
             names: for each row a name, strengths by name, or None for the base.
+            mode: "unfused" as above. "fused": one target must own all rows; the block switches to it, and back. "auto":
+                unfused, unless one target owns all rows and `tokens`, or the tokens that the block has run (outside of
+                compiled code), are so many that fusing is cheaper; or unless it can only be fused.
+            tokens: if known, how many the block will run.
             rows: where the input [..., in] of a layer has the n rows of `names`. "first": [n, ..., in]. "repeated":
                 [k n, ..., in], each row k times in place, with a k for each layer, as beams, num_return_sequences and
                 inputs flattened to [batch * sequence, in] are. "second": [sequence, n, in], and [n, in]. "packed": n
                 tokens, in any shape. Or a function of a layer's name and its input x, which gives one of these words,
                 or int32 or int64 [tokens of x], the row of each token, -1 for the base.
-            mode: "unfused" as above. "fused": one target must own all rows; the block switches to it, and back. "auto":
-                unfused, unless one target owns all rows and `tokens`, or the tokens that the block has run (outside of
-                compiled code), are so many that fusing is cheaper; or unless it can only be fused.
-            tokens: if known, how many the block will run.
 
         Raises:
             ValueError: `names` is no list or empty, a name is unknown or a strength not finite, an adapter changes
@@ -292,14 +292,14 @@ class ResidentAdapters:
                 bank or `attach` changes the weights; a parameter of the model was moved, or replaced by another one;
                 CUDA graphs read the pages, and the batch has no room there; a graph is being captured.
         """
-        batch = Batch(current_caller())
+        batch = Batch(current_caller(), rows)
         try:
             with self._lock:
                 mixes = self._batches.mixes_of(names)
-                check_options(rows, mode, tokens)
+                check_options(mode, tokens, rows)
                 self._check_callers()
                 self._follow()
-                self._batches.open(batch, mixes, rows, mode, tokens, lambda: self._fuse(batch, mixes[0]))
+                self._batches.open(batch, mixes, mode, tokens, lambda: self._fuse(batch, mixes[0]))
             yield
         finally:
             with interrupts_held(), self._lock:

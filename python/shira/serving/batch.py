@@ -29,9 +29,10 @@ MODES = ("auto", "fused", "unfused")
 
 @dataclass(eq=False)
 class Batch:
-    """A `batch` block: who opened it, the adapters that it names, and what it changed."""
+    """A `batch` block: who opened it, where layers have its rows, the adapters that it names, and what it changed."""
 
     caller: Caller
+    layout: rows.Layout
     names: set[str] = field(default_factory=set)
     modules: list[nn.Module] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
@@ -112,21 +113,12 @@ class Batches:
         return [tuple(sorted(self._registry.mix_of(name, "batch"))) for name in names]
 
     @torch.no_grad()
-    def open(
-        self,
-        batch: Batch,
-        mixes: list[Mix],
-        layout: rows.Layout,
-        mode: str,
-        tokens: int | None,
-        fuse: Callable[[], None],
-    ) -> None:
+    def open(self, batch: Batch, mixes: list[Mix], mode: str, tokens: int | None, fuse: Callable[[], None]) -> None:
         """Opens a batch: the layers add to each row what its mix changes, or the weights hold the mix of all rows.
 
         Args:
             batch: what is changed is noted in it, so that `close` can take it back also after an error.
             mixes: of the rows; sorted by name.
-            layout: where a layer's input has the rows.
             mode: one of MODES.
             tokens: if known, how many the block will run.
             fuse: calls `fuse` with the mix of all rows, under the bank's lock. Layers call it once that is cheaper.
@@ -156,17 +148,17 @@ class Batches:
         with interrupts_held():
             self.opened = batch
             for device in {weight.device for weight in self.pages.tables}:
-                self._rows.setdefault(device, rows.Rows(device)).set(slots, meter, layout)
+                self._rows.setdefault(device, rows.Rows(device)).set(slots, meter, batch.layout)
             batch.weights.extend(self.pages.tables)
             self._registry.claim(batch.weights)
             for weight, table in self.pages.tables.items():
                 for name, module in self._linears[weight].items():
                     batch.modules.append(module)
                     layers.enter(canonical(name), module, table, self._rows[weight.device])
-            if len(distinct) > 1 and isinstance(layout, str):
-                self._try(batch, len(mixes), layout)
+            if len(distinct) > 1 and isinstance(batch.layout, str):
+                self._try(batch, batch.layout, len(mixes))
 
-    def _try(self, batch: Batch, count: int, layout: str) -> None:
+    def _try(self, batch: Batch, layout: str, count: int) -> None:
         """Has layers that have not been tried with this layout tried in the next forward."""
         tried = self._tried[layout]
         untried = {module for module in batch.modules if module not in tried}
@@ -273,8 +265,8 @@ class Batches:
         return deltas
 
 
-def check_options(layout: rows.Layout, mode: str, tokens: int | None) -> None:
-    """Raises ValueError for a layout or a mode that there is not, or a number of tokens that is none."""
+def check_options(mode: str, tokens: int | None, layout: rows.Layout) -> None:
+    """Raises ValueError for a mode or a layout that there is not, or a number of tokens that is none."""
     rows.check_layout(layout)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
