@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_ADD = torch.ops.shira.add_sparse_delta_mm_batched.default
+from shira.serving.layers import add_sparse_delta_mm_batched
+
+_ADD = add_sparse_delta_mm_batched
 _GIVE = torch.ops.shira.sparse_delta_mm_batched.default
 
 # How far a token may be from its like in the exchanged forward, as a share of its length. Most often both have the same
