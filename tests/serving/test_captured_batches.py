@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,10 +114,14 @@ def captured(
     return model, bank, graph, like
 
 
+def layer_of(table: pages.Table | None) -> Any:
+    return SimpleNamespace(shira_name="layer", shira_table=table)
+
+
 def forget_shapes(rows: serving_rows.Rows) -> None:
     """What a thread does that runs other numbers of tokens: the oldest are forgotten."""
     for tokens in range(2, 30):
-        rows.of(torch.empty(3, tokens, 4), pages.Table(*[None] * 3))  # type: ignore[arg-type]
+        rows.of(torch.empty(3, tokens, 4), layer_of(None))
 
 
 def forget_batches(bank: shira.ResidentAdapters) -> None:
@@ -184,9 +189,10 @@ def test_a_shape_that_was_not_run_before_the_capture(monkeypatch: pytest.MonkeyP
     with bank.batch(ROWS), torch.no_grad(), monkeypatch.context() as patch:
         [rows] = bank._batches._rows.values()
         patch.setattr(serving_rows, "is_captured", lambda _: True)
-        made = rows.of(torch.empty(3, 2, 12), bank._batches.pages.tables[model.first.weight])
+        layer = layer_of(bank._batches.pages.tables[model.first.weight])
+        made = rows.of(torch.empty(3, 2, 12), layer)
         patch.undo()
-        assert rows.of(torch.empty(3, 2, 12), bank._batches.pages.tables[model.first.weight]) is not made
+        assert rows.of(torch.empty(3, 2, 12), layer) is not made
         slots = rows.slots
     forget_batches(bank)
     with bank.batch(["a1", "a0", None]):
@@ -391,7 +397,7 @@ def test_forwards_on_other_streams_wait_for_the_batch_and_it_for_them(monkeypatc
     def run(tokens: int, stream: Stream) -> list[str]:
         current.append(stream)
         log.clear()
-        assert rows.of(torch.empty(2, tokens, 4), None).tolist() == [3] * tokens + [5] * tokens  # type: ignore[arg-type]
+        assert rows.of(torch.empty(2, tokens, 4), layer_of(None)).tolist() == [3] * tokens + [5] * tokens
         current.pop()
         return list(log)
 

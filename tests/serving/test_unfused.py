@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,7 +150,7 @@ def test_generate_gives_the_tokens_of_each_row_alone(make_model: Callable[[], An
     options = {"do_sample": False, **options}
     many = options.get("num_return_sequences", 1)
     want = alone(bank, ROWS, lambda i: model.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], **options))
-    with left_alone(model), bank.batch(ROWS, mode="unfused"):
+    with left_alone(model), bank.batch(ROWS, rows="repeated", mode="unfused"):
         got = model.generate(ids, attention_mask=mask, **options)
     assert [t.tolist() for t in got.split(many)] == [t.tolist() for t in want]
     assert len({tuple(t[0, ids.shape[1] :].tolist()) for t in want}) == len(ROWS)
@@ -221,15 +222,20 @@ def test_rows_may_be_expanded_and_flattened_but_evenly() -> None:
     bank, rows = small_bank(model), ["a0", None, "a1"]
     x = inputs(3, 4, 12)
     want = torch.cat(alone(bank, rows, lambda i: model(x[i : i + 1])))
-    with torch.no_grad(), bank.batch(rows):
-        close(model(x), want)
-        close(model(x.view(12, 12)), want.view(12, 7))
-        close(model(x.view(3, 2, 2, 12)), want.view(3, 2, 2, 7))
-        close(model(x.transpose(1, 2).contiguous().transpose(1, 2)), want)
-        assert model(x[:0]).shape == (0, 4, 7)
-        for bad in (x[:2], x.view(12, 12)[:10], x[0, 0]):
-            with pytest.raises(ValueError, match=r"no multiple of the 3 names"):
-                model(bad)
+    with torch.no_grad():
+        for layout in ("first", "repeated"):
+            with bank.batch(rows, rows=layout):
+                close(model(x), want)
+                close(model(x.view(3, 2, 2, 12)), want.view(3, 2, 2, 7))
+                close(model(x.transpose(1, 2).contiguous().transpose(1, 2)), want)
+                assert model(x[:0]).shape == (0, 4, 7)
+                for bad in (x[:2], x.view(12, 12)[:10], x[0, 0]):
+                    with pytest.raises(ValueError, match="where the 3 rows of the batch are not found"):
+                        model(bad)
+        with bank.batch(rows, rows="repeated"):
+            close(model(x.view(12, 12)), want.view(12, 7))
+        with bank.batch(rows), pytest.raises(ValueError, match="rows='repeated'"):
+            model(x.view(12, 12))
     with torch.no_grad(), bank.batch(["a0"] * 5 + [None] * 3 + ["a2"] * 4):  # packed: one name for each token
         packed = model(x.view(12, 12))
     parts = alone(bank, ["a0", None, "a2"], lambda i: model(x.view(12, 12)[[0, 5, 8][i] : [5, 8, 12][i]]))
@@ -337,10 +343,11 @@ def test_a_name_for_each_token_of_a_packed_row() -> None:
     bank, x = small_bank(model), inputs(1, 5, 12)
     rows = ["a0", "a0", None, "a1", "a2"]
     want = torch.cat(alone(bank, rows, lambda i: model(x[0, i : i + 1])))
-    with torch.no_grad(), bank.batch(rows):
+    with torch.no_grad(), bank.batch(rows, rows="packed"):
         close(model(x)[0], want)
-    with bank.batch(rows[:4]), pytest.raises(ValueError, match="1 rows, which is no multiple of the 4 names"):
-        model(x)
+    for names, layout in ((rows[:4], "packed"), (rows, "first")):
+        with bank.batch(names, rows=layout), pytest.raises(ValueError, match="rows of the batch are not found"):
+            model(x)
 
 
 def test_a_model_is_not_copied_inside_a_batch() -> None:
@@ -625,14 +632,14 @@ def test_forwards_of_other_threads_see_the_batch() -> None:
     close(results[0], want)
 
 
-NO_TABLE: Any = None  # a graph that is being captured alone asks for one
+LAYER: Any = SimpleNamespace(shira_name="layer", shira_table=None)
 
 
 def test_two_threads_forget_what_is_too_much() -> None:
     """The second has more numbers of tokens, too, while the first forgets some."""
     rows, second = (
         serving_rows.Rows(torch.device("cpu")),
-        threading.Thread(target=lambda: rows.of(torch.empty(1, 40, 4), NO_TABLE)),
+        threading.Thread(target=lambda: rows.of(torch.empty(1, 40, 4), LAYER)),
     )
 
     class Captured(set[int]):
@@ -645,15 +652,15 @@ def test_two_threads_forget_what_is_too_much() -> None:
     rows.set([3], None)
     rows._captured = Captured()
     for tokens in range(1, 20):
-        assert rows.of(torch.empty(1, tokens, 4), NO_TABLE).tolist() == [3] * tokens
+        assert rows.of(torch.empty(1, tokens, 4), LAYER).tolist() == [3] * tokens
     second.join()
     assert len(rows._by_tokens) == serving_rows._KEPT + 1  # the batch's own slots are one more
 
 
 def test_a_forward_that_outlasts_its_batch_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, spread = serving_rows.Rows(torch.device("cpu")), serving_rows._spread
-    rows.set([0, 1, 2, 3], None)
-    following = threading.Thread(target=rows.set, args=([7, 5], None))
+    rows, spread = serving_rows.Rows(torch.device("cpu")), serving_rows.repeated
+    rows.set([0, 1, 2, 3], None, "repeated")
+    following = threading.Thread(target=rows.set, args=([7, 5], None, "repeated"))
 
     def slow_spread(slots: torch.Tensor, tokens: int) -> torch.Tensor:
         if following.ident is None:
@@ -661,10 +668,10 @@ def test_a_forward_that_outlasts_its_batch_leaves_nothing_to_the_next(monkeypatc
             following.join(0.2)  # it may have to wait
         return spread(slots, tokens)
 
-    monkeypatch.setattr(serving_rows, "_spread", slow_spread)
-    rows.of(torch.empty(8, 4), NO_TABLE)
+    monkeypatch.setattr(serving_rows, "repeated", slow_spread)
+    rows.of(torch.empty(8, 4), LAYER)
     following.join()
-    assert rows.of(torch.empty(8, 4), NO_TABLE).tolist() == [7] * 4 + [5] * 4
+    assert rows.of(torch.empty(8, 4), LAYER).tolist() == [7] * 4 + [5] * 4
 
 
 def test_everything_is_as_before_after_an_exception() -> None:
@@ -674,7 +681,7 @@ def test_everything_is_as_before_after_an_exception() -> None:
         with left_alone(model):
             with pytest.raises(type(error)), bank.batch(["a0", "a1"]):
                 raise error
-            with pytest.raises(ValueError, match="no multiple"), bank.batch(["a0", "a1"]):
+            with pytest.raises(ValueError, match="are not found"), bank.batch(["a0", "a1"]):
                 model(x[:1])
     check_rows(bank, model, ["a0", "a1"], x)
 

@@ -56,6 +56,14 @@ def bypassed(model: nn.Module) -> set[nn.Module]:
     return found
 
 
+def sharded(weight: torch.Tensor) -> str | None:
+    """Gives what a parameter is that several processes share (a DTensor), None for a whole one."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    if kind is None or not isinstance(weight, kind):
+        return None
+    return "it is a DTensor, of which each process holds a shard (fully_shard of FSDP2, or tensor parallelism)"
+
+
 def transformers_conv1d() -> type[nn.Module] | None:
     """A module of that class can only be there if its file was imported."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)

@@ -24,7 +24,8 @@ from shira.model.names import resolve
 from shira.serving.arena import Mix
 from shira.serving.batch import Batch, Batches, check_options, is_int
 from shira.serving.callers import Callers, Using, current_caller
-from shira.serving.registry import Registry, as_given
+from shira.serving.registry import Registry, as_given, check_whole
+from shira.serving.rows import Layout
 from shira.serving.staging import Staging, Streams
 from shira.serving.switching import Switching
 
@@ -87,12 +88,15 @@ class ResidentAdapters:
             and are brought in when a batch needs them; the least recently used makes room. None: all stay there.
 
     Raises:
-        ValueError: `device_budget` is neither None nor a positive whole number.
+        ValueError: `device_budget` is neither None nor a positive whole number, or parameters are DTensors (FSDP2,
+            tensor parallelism).
     """
 
     def __init__(self, model: nn.Module, *, device_budget: int | None = None) -> None:
         if device_budget is not None and (not is_int(device_budget) or device_budget <= 0):
             raise ValueError(f"device_budget must be a positive number of bytes or None, got {device_budget!r}")
+        for name, weight in model.named_parameters():
+            check_whole(name, weight)
         self._model = model
         self._lock = threading.RLock()  # of all that follows; a batch's forwards take it only to fuse
         self._callers = Callers()
@@ -246,14 +250,18 @@ class ResidentAdapters:
 
     @contextlib.contextmanager
     def batch(
-        self, names: Sequence[str | Mapping[str, float] | None], *, mode: str = "auto", tokens: int | None = None
+        self,
+        names: Sequence[str | Mapping[str, float] | None],
+        *,
+        mode: str = "auto",
+        tokens: int | None = None,
+        rows: Layout = "first",
     ) -> Iterator[None]:
         """Inside the `with` block row i of the model's batch uses `names[i]`; the weights hold the base.
 
-        The linear layers that some adapter changes add each row's sparse delta to their output. The batch may be
-        expanded in the block, each row by as much (beam search, num_return_sequences), flattened or padded: a layer
-        that gets n rows uses `names[i // (n / len(names))]` for row i. Code compiled by torch.compile is made once for
-        batches, and not anew for other adapters.
+        The linear layers that some adapter changes add each row's sparse delta to their output. Each must get the
+        batch's rows, as `rows` says; where targets differ, anything else is an error. Code compiled by torch.compile
+        is made once for batches, and not anew for other adapters.
 
         Forwards of other threads inside the block use the batch too. Switches and further batches are refused, in this
         thread too; `add`, `stage`, and `remove` of what the batch does not name are not.
@@ -269,21 +277,26 @@ class ResidentAdapters:
                 unfused, unless one target owns all rows and `tokens`, or the tokens that the block has run (outside of
                 compiled code), are so many that fusing is cheaper; or unless it can only be fused.
             tokens: if known, how many the block will run.
+            rows: where the input [..., in] of a layer has the n rows of `names`. "first": [n, ..., in]. "repeated":
+                [k n, ..., in], each row k times in place, with a k for each layer, as beams, num_return_sequences and
+                inputs flattened to [batch * sequence, in] are. "second": [sequence, n, in], and [n, in]. "packed": n
+                tokens, in any shape. Or a function of a layer's name and its input x, which gives one of these words,
+                or int32 or int64 [tokens of x], the row of each token, -1 for the base.
 
         Raises:
             ValueError: `names` is no list or empty, a name is unknown or a strength not finite, an adapter changes
                 something else than weights of nn.Linear and Conv1D of transformers, or the adapters of the batch take
-                more than `device_budget`. In the block: a layer gets a number of rows that is no multiple of
-                len(names).
+                more than `device_budget`. In the block: a layer gets an input that has not the batch's rows
+                where `rows` says, and the targets differ.
             RuntimeError: an adapter is active; a batch is open, or another thread or task is inside `using`; another
                 bank or `attach` changes the weights; a parameter of the model was moved, or replaced by another one;
                 CUDA graphs read the pages, and the batch has no room there; a graph is being captured.
         """
-        batch = Batch(current_caller())
+        batch = Batch(current_caller(), rows)
         try:
             with self._lock:
                 mixes = self._batches.mixes_of(names)
-                check_options(mode, tokens)
+                check_options(mode, tokens, rows)
                 self._check_callers()
                 self._follow()
                 self._batches.open(batch, mixes, mode, tokens, lambda: self._fuse(batch, mixes[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from shira.model.claims import claim
 from shira.model.interrupts import interrupts_held, no_autocast
 from shira.model.modules import bypassed, users_of
+from shira.model.names import canonical
 from shira.serving import arena, layers, rows
 from shira.serving.arena import Arena, Mix, Pieces, Plan
 from shira.serving.callers import Caller
@@ -19,6 +21,7 @@ from shira.serving.pages import Counts, Deltas, Immovable, Pages
 from shira.serving.registry import Registry
 from shira.serving.staging import Staging
 from shira.serving.switching import Switching
+from shira.serving.trial import Trial
 from shira_kernels.dtypes import compute_dtype
 
 MODES = ("auto", "fused", "unfused")
@@ -26,12 +29,14 @@ MODES = ("auto", "fused", "unfused")
 
 @dataclass(eq=False)
 class Batch:
-    """A `batch` block: who opened it, the adapters that it names, and what it changed."""
+    """A `batch` block: who opened it, where layers have its rows, the adapters that it names, and what it changed."""
 
     caller: Caller
+    layout: rows.Layout
     names: set[str] = field(default_factory=set)
     modules: list[nn.Module] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
+    trial: Trial | None = None
 
 
 class Batches:
@@ -53,7 +58,9 @@ class Batches:
         self._switching = switching
         self._rows: dict[torch.device, rows.Rows] = {}
         self._obstacles: dict[str, str] = {}  # why an adapter cannot be unfused
-        self._linears: dict[torch.Tensor, list[nn.Module]] = {}  # of weights that batches change, the layers
+        self._linears: dict[torch.Tensor, dict[str, nn.Module]] = {}  # of weights that batches change, the layers
+        # By layout, the layers that are known to get the rows where it says.
+        self._tried: dict[str, WeakSet[nn.Module]] = {word: WeakSet() for word in rows.LAYOUTS}
 
     @property
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -71,8 +78,8 @@ class Batches:
                 if reason := layers.obstacle(weight, users, skipped):
                     self._obstacles[name] = f"{tensor_name}: {reason}"
                     return
-                linears[weight] = [module for _, module, _ in users[weight]]
-                transposed[weight] = bool(layers.is_transposed(linears[weight][0]))
+                linears[weight] = {own: module for own, module, _ in users[weight]}
+                transposed[weight] = bool(layers.is_transposed(users[weight][0][1]))
         self._linears.update(linears)
         self.pages.register(name, _counts(pieces), transposed)
 
@@ -141,13 +148,27 @@ class Batches:
         with interrupts_held():
             self.opened = batch
             for device in {weight.device for weight in self.pages.tables}:
-                self._rows.setdefault(device, rows.Rows(device)).set(slots, meter)
+                self._rows.setdefault(device, rows.Rows(device)).set(slots, meter, batch.layout)
             batch.weights.extend(self.pages.tables)
             self._registry.claim(batch.weights)
             for weight, table in self.pages.tables.items():
-                for module in self._linears[weight]:
+                for name, module in self._linears[weight].items():
                     batch.modules.append(module)
-                    layers.enter(module, table, self._rows[weight.device])
+                    layers.enter(canonical(name), module, table, self._rows[weight.device])
+            if len(distinct) > 1 and isinstance(batch.layout, str):
+                self._try(batch, batch.layout, len(mixes))
+
+    def _try(self, batch: Batch, layout: str, count: int) -> None:
+        """Has layers that have not been tried with this layout tried in the next forward."""
+        tried = self._tried[layout]
+        untried = {module for module in batch.modules if module not in tried}
+        if untried:
+            names = {
+                table.row_ptr: " or ".join(canonical(name) for name in self._linears[weight])
+                for weight, table in self.pages.tables.items()
+            }
+            batch.trial = Trial(self._registry.model, untried, names, count, layout, tried.update)
+            batch.trial.open()
 
     @torch.no_grad()
     def fuse(self, mix: Mix) -> None:
@@ -163,6 +184,8 @@ class Batches:
         follow: lets GPUs wait for earlier calls. If it raises, the layers are as before the batch, but a mix that the
             weights hold stays in them.
         """
+        if batch.trial is not None:
+            batch.trial.close()
         for module in batch.modules:
             layers.leave(module)
         self.opened = None
@@ -182,7 +205,7 @@ class Batches:
     def _check_linears(self) -> None:
         """Raises RuntimeError if a layer is not what it was when adapters were added."""
         for modules in self._linears.values():
-            for module in modules:
+            for module in modules.values():
                 if layers.is_transposed(module) is None or "forward" in vars(module):
                     raise RuntimeError(
                         f"batch: the forward of a {type(module).__name__} was replaced since an adapter was added"
@@ -242,8 +265,9 @@ class Batches:
         return deltas
 
 
-def check_options(mode: str, tokens: int | None) -> None:
-    """Raises ValueError for a mode that there is not, or a number of tokens that is none."""
+def check_options(mode: str, tokens: int | None, layout: rows.Layout) -> None:
+    """Raises ValueError for a mode or a layout that there is not, or a number of tokens that is none."""
+    rows.check_layout(layout)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if tokens is not None and (not is_int(tokens) or tokens < 0):

@@ -29,6 +29,7 @@ class _UnfusedLinear(nn.Module):
     """An nn.Linear while a batch is open."""
 
     shira_original: type[nn.Module]
+    shira_name: str
     shira_table: Table
     shira_rows: Rows
 
@@ -38,14 +39,14 @@ class _UnfusedLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         table, rows = self.shira_table, self.shira_rows
         if torch.compiler.is_compiling():
-            return _with_delta(super().forward(input), input, table, rows.compiled_for(input))  # type: ignore[misc]
+            return _with_delta(super().forward(input), input, table, rows.compiled_for(input, self))  # type: ignore[misc]
         meter = rows.meter
         if meter is None:
-            return _with_delta(super().forward(input), input, table, rows.of(input, table))  # type: ignore[misc]
+            return _with_delta(super().forward(input), input, table, rows.of(input, self))  # type: ignore[misc]
         with meter.lock:
             fused = meter.is_fused(self, input)
             out: torch.Tensor = super().forward(input)  # type: ignore[misc]
-            return out if fused else _with_delta(out, input, table, rows.of(input, table))
+            return out if fused else _with_delta(out, input, table, rows.of(input, self))
 
 
 class _UnfusedConv1D(_UnfusedLinear):
@@ -95,11 +96,11 @@ def obstacle(weight: torch.Tensor, users: Users, skipped: set[nn.Module]) -> str
     return "one of the layers that share it has it transposed" if len(directions) > 1 else None
 
 
-def enter(module: nn.Module, table: Table, rows: Rows) -> None:
-    """Makes a linear layer add the deltas of a table."""
+def enter(name: str, module: nn.Module, table: Table, rows: Rows) -> None:
+    """Makes a linear layer add the deltas of a table. name: the layer's, for errors."""
     mixin = _UnfusedConv1D if modules.is_transposed(module) else _UnfusedLinear
     _mark_dynamic(table)
-    vars(module).update(shira_table=table, shira_rows=rows)
+    vars(module).update(shira_name=name, shira_table=table, shira_rows=rows)
     module.__class__ = _unfused_class(mixin, type(module))  # type: ignore[arg-type]
 
 
@@ -107,7 +108,7 @@ def leave(module: nn.Module) -> None:
     """Takes back what `enter` did, wherever that was interrupted."""
     if isinstance(module, _UnfusedLinear):
         module.__class__ = module.shira_original  # type: ignore[assignment]
-    for name in ("shira_table", "shira_rows"):
+    for name in ("shira_name", "shira_table", "shira_rows"):
         vars(module).pop(name, None)
 
 

@@ -14,6 +14,7 @@ from shira.adapter.base import check_base, check_fits
 from shira.adapter.checksum import checksum_of
 from shira.adapter.fusion import checked_strength
 from shira.model.claims import check_claim, claim
+from shira.model.modules import sharded
 from shira.model.names import first_names, resolve
 from shira.serving.arena import Arena, Kept, Key, Mix, Piece, Pieces, base_entries, offsets_of
 from shira_kernels.dtypes import index_dtype
@@ -163,6 +164,7 @@ class Registry:
         names: dict[torch.Tensor, str] = {}
         for name, tensor in adapter.items():
             weight = resolve(self.model, name)
+            check_whole(name, weight)
             check_fits(name, tensor, weight)
             check_claim(name, weight, self._owner())
             if weight in names:
@@ -231,6 +233,12 @@ def as_given(mix: Mix) -> str | dict[str, float]:
     """Gives a mix of at least one adapter as `switch` takes it."""
     [(name, strength), *others] = mix
     return name if strength == 1.0 and not others else dict(mix)
+
+
+def check_whole(name: str, weight: torch.Tensor) -> None:
+    """Raises ValueError for a parameter of which each process holds a shard."""
+    if reason := sharded(weight):
+        raise ValueError(f"{name}: {reason}: a bank takes the whole model, as it is before fully_shard")
 
 
 def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.Tensor]) -> None:

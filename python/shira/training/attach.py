@@ -22,7 +22,7 @@ from shira.masks.calibrate import Loss, calibrate
 from shira.masks.choose import choose_entries
 from shira.masks.config import ShiraConfig
 from shira.model.claims import check_claim, claim
-from shira.model.modules import Users, users_of
+from shira.model.modules import Users, sharded, users_of
 from shira.model.names import first_names
 from shira.training.distributed import ignore_in_ddp, reduce_again_in_ddp
 from shira.training.layers import Attached, make_attached, mixin_of, restore_classes
@@ -279,6 +279,8 @@ def _check_weight(name: str, weight: nn.Parameter) -> None:
         raise ValueError(f"{name}: the weight holds no data (meta device, or not initialized)")
     if weight.dtype not in DTYPES:
         raise ValueError(f"{name}: the weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
+    if reason := sharded(weight):
+        raise ValueError(f"{name}: {reason}: attach takes the whole model, as it is before fully_shard")
     if type(weight.data) is not torch.Tensor:
         raise ValueError(f"{name}: the weight must be a plain tensor, got {type(weight.data).__name__}")
     if not weight.is_contiguous():
