@@ -194,6 +194,29 @@ def test_a_buffer_that_is_another_one_now_is_refused() -> None:
     bank.switch("b")
 
 
+def test_a_model_that_was_moved_and_came_back() -> None:
+    """`model.to` makes new buffers, also on the way back, and takes tied ones apart."""
+    model, bank, base = counting()
+    model.register_buffer("tied", model[1].running_mean)  # type: ignore[index]
+    base["tied"] = base["1.running_mean"]
+    bank.remove("a")
+    tuned = copy.deepcopy(model)
+    tuned.tied.fill_(1)
+    bank.add("a", shira.diff(model, tuned))
+    bank.switch("a")
+    model.to(torch.float64)
+    with pytest.raises(RuntimeError, match=r"was torch.float32 on cpu .* and is torch.float64 on cpu: move it back"):
+        bank.switch(None)
+    model.to(torch.float32)
+    assert model.tied is not model[1].running_mean  # type: ignore[index]
+    bank.add("again", shira.diff(model, {**model.state_dict(), "1.running_mean": torch.zeros(4) + 2}), force=True)
+    bank.switch("again")
+    assert model[1].running_mean.tolist() == [2, 2, 2, 2]  # type: ignore[index]
+    bank.switch(None)
+    assert model.tied is model[1].running_mean  # type: ignore[index]
+    assert all(torch.equal(bits(tensor), bits(base[name])) for name, tensor in model.state_dict().items())
+
+
 def test_statistics_that_a_forward_moves_are_noticed() -> None:
     model, bank, _ = counting()
     model.train()(torch.randn(3, 4))

@@ -18,11 +18,11 @@ from shira.model.claims import check_claim, claim
 from shira.model.modules import sharded
 from shira.model.names import resolve_state, state_names
 from shira.serving.arena import Arena, Kept, Key, Mix, Piece, Pieces, base_entries, offsets_of
-from shira_kernels.bits import joined
+from shira_kernels.bits import as_bits, joined
 from shira_kernels.dtypes import ARITHMETIC, index_dtype
 
-# A weight here is a parameter, or a buffer of the state dict.
-Home = tuple[nn.Module, str, Key]  # the module of a weight, what it calls it, and what the weight was
+# Where the model has a weight (of a parameter the first place): the module, and what it calls it; and what it was.
+Home = tuple[list[tuple[nn.Module, str]], Key]
 
 
 class Registry:
@@ -138,6 +138,7 @@ class Registry:
 
         Raises ValueError and RuntimeError as `ResidentAdapters.add` and `ResidentAdapters.switch` do.
         """
+        self._put_back_buffers(self.homes)
         first = state_names(self.model)
         rank = {weight: i for i, weight in enumerate(first)}
         names = self._names_by_weight(adapter, first)
@@ -196,10 +197,13 @@ class Registry:
     def add(self, name: str, pieces: Pieces) -> None:
         """Keeps what `prepare` gave, and notes where its weights are."""
         keys = {weight: key for key, group in pieces.items() for piece in group for weight in piece.arena.weights}
+        places: dict[torch.Tensor, list[tuple[nn.Module, str]]] = {w: [] for w in keys if w not in self.homes}
         for module in self.model.modules():
             for attribute, weight in itertools.chain(module._parameters.items(), module._buffers.items()):
-                if weight is not None and weight in keys:
-                    self.homes.setdefault(weight, (module, attribute, keys[weight]))
+                if weight is not None and weight in places:
+                    places[weight].append((module, attribute))
+        for weight, found in places.items():
+            self.homes[weight] = (found[:1] if isinstance(weight, nn.Parameter) else found, keys[weight])
         self.gpus.update(device for _, device in pieces if device.type == "cuda")
         self._adapters[name] = pieces
 
@@ -215,19 +219,34 @@ class Registry:
     def check_weights(self, weights: Iterable[torch.Tensor]) -> None:
         """Raises RuntimeError if one of them is not the model's any more, is of another dtype or on another device than
         when its first adapter came, or is being changed by others."""
-        owner = self._owner()
+        owner, weights = self._owner(), list(weights)
+        self._put_back_buffers(weights)
         for weight in weights:
-            module, attribute, key = self.homes[weight]
-            if module._parameters.get(attribute, module._buffers.get(attribute)) is not weight:
-                raise RuntimeError(
-                    f"the {attribute} of a {type(module).__name__} was replaced since an adapter was added"
-                )
-            if (weight.dtype, weight.device) != key:
-                raise RuntimeError(
-                    f"the {attribute} of a {type(module).__name__} was {key[0]} on {key[1]} when an adapter was added, "
-                    f"and is {weight.dtype} on {weight.device}: move it back, or remove its adapters and add them again"
-                )
+            places, key = self.homes[weight]
+            for module, attribute in places:
+                held = _held(module, attribute)
+                now = weight if held is None or isinstance(weight, nn.Parameter) else held
+                if (now.dtype, now.device) != key:
+                    raise RuntimeError(
+                        f"the {attribute} of a {type(module).__name__} was {key[0]} on {key[1]} when an adapter was "
+                        f"added, and is {now.dtype} on {now.device}: move it back, or remove its adapters and add them "
+                        "again"
+                    )
+                if held is not weight:
+                    raise RuntimeError(
+                        f"the {attribute} of a {type(module).__name__} was replaced since an adapter was added"
+                    )
             check_claim("switch", weight, owner)
+
+    def _put_back_buffers(self, weights: Iterable[torch.Tensor]) -> None:
+        """Gives the model its own buffers again where it has copies of them: `model.to` makes new ones, also back."""
+        for weight in weights:
+            if isinstance(weight, nn.Parameter):
+                continue
+            for module, attribute in self.homes[weight][0]:
+                held = _held(module, attribute)
+                if held is not None and held is not weight and _same_bits(held, weight):
+                    module._buffers[attribute] = weight
 
     def claim(self, weights: Iterable[torch.Tensor]) -> None:
         """Notes that the bank changes the weights, which then keep the bank; `claims.claim(weight, None)` ends it."""
@@ -273,6 +292,16 @@ def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.T
         end = weight.data_ptr() + (last + 1) * weight.element_size()
         if end > reach:
             reach, reaching = end, weight
+
+
+def _held(module: nn.Module, attribute: str) -> torch.Tensor | None:
+    """The parameter or buffer that a module has under a name."""
+    return module._parameters.get(attribute, module._buffers.get(attribute))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = all(getattr(one, field) == getattr(other, field) for field in ("layout", "dtype", "device", "shape"))
+    return alike and one.is_contiguous() and torch.equal(as_bits(one.detach()), as_bits(other.detach()))
 
 
 def _each(pieces: Pieces) -> Iterator[Piece]:
