@@ -8,7 +8,7 @@ ARITHMETIC = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # wh
 
 # What they only copy, bit for bit. Complex numbers and types of less than a byte are left out.
 COPIED = (
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu,
     torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
 )  # fmt: skip

@@ -84,7 +84,7 @@ def test_wrong_patches(tmp_path: Path) -> None:
     for base, values, message in (
         (
             torch.zeros(4, dtype=torch.complex64),
-            torch.ones(2, dtype=torch.complex64),
+            torch.ones(2),
             "w: the base's tensor is torch.comp",
         ),
         (

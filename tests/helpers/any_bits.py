@@ -6,7 +6,7 @@ import torch
 
 from shira_kernels.dtypes import ARITHMETIC, COPIED
 
-ANY_DTYPES = (*ARITHMETIC, *COPIED, torch.complex64)
+ANY_DTYPES = (*ARITHMETIC, *COPIED, torch.float8_e4m3fnuz, torch.complex64)
 
 
 def random_bits(dtype: torch.dtype, shape: int | tuple[int, ...], seed: int = 0) -> torch.Tensor:

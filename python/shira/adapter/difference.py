@@ -59,7 +59,7 @@ def diff(
     Raises:
         ValueError: naming the tensor: only one side has it (a tensor that shares its memory with another one counts as
             that one), the sides have it with another shape or dtype, it changed and is of a dtype that an adapter
-            cannot hold (complex, or of less than a byte), is on the meta device, or sparse or quantized; `top` out of
+            cannot hold (such as complex ones), is on the meta device, or sparse or quantized; `top` out of
             range, or changes that are not finite with `top`; a file that is not a whole safetensors file.
         OSError: a file cannot be read.
 

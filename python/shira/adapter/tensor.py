@@ -16,7 +16,8 @@ from shira_kernels.dtypes import ARITHMETIC, COPIED
 
 DTYPES = (*ARITHMETIC, *COPIED)
 """The dtypes that a tensor which an adapter changes may have: float64, float32, bfloat16 and float16, which can also be
-scaled, mixed and added to; and float8, integers of 8 to 64 bits and bool, whose entries can only be replaced."""
+scaled, mixed and added to; and float8 (e4m3fn, e5m2 and e8m0fnu), integers of 8 to 64 bits and bool, whose entries can
+only be replaced."""
 
 
 @dataclass(frozen=True, eq=False)
