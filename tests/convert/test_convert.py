@@ -580,6 +580,18 @@ def test_damaged_peft_files(base: Path, tmp_path: Path, arrays: dict[str, torch.
         convert.read(peft_files(tmp_path / "peft", arrays), base)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_changes_of_weights_that_can_only_be_replaced_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = {"q.weight": torch.zeros(4, 4).to(dtype)}
+    name, message = "base_model.model.q", r"q\.weight: the base's tensor must be float64, .* float16, got torch\."
+    places = torch.tensor([[0], [1]], dtype=torch.int32)
+    sparse = {f"{name}.shira_weight": torch.ones(1), f"{name}.shira_indices": places}
+    tuned = {f"{name}.supertuning_values": torch.ones(8)}
+    for arrays, kind, config in ((sparse, "SHIRA", {}), (tuned, "SUPERTUNING", {"sparsity": 0.5})):
+        with pytest.raises(ValueError, match=message):
+            convert.read(peft_files(tmp_path / "peft", arrays, kind, **config), base)
+
+
 def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     good = adapter[name]
