@@ -18,7 +18,18 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_adapter_file import HUGE, from_bytes, joined, parsed, run, split, text_of, to_bytes, to_pieces
+from fuzz_adapter_file import (
+    HUGE,
+    from_bytes,
+    joined,
+    parsed,
+    run,
+    split,
+    text_of,
+    to_bytes,
+    to_pieces,
+    with_checksums,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent_reader import read
@@ -27,10 +38,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import shira
-from shira.adapter import checksum_of
+from shira.adapter import DTYPES, checksum_of
 from shira.adapter.checksum import bytes_of
+from shira_kernels.dtypes import ARITHMETIC
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHECKSUM = "0123456789abcdef" * 2
 
 
@@ -75,7 +87,12 @@ def assert_same(a: shira.Adapter, b: shira.Adapter) -> None:
         ({"values": torch.ones(3, dtype=torch.float64)}, "values"),
         ({"dtype": torch.bfloat16}, "values"),
         ({"dtype": torch.bfloat16, "kind": "add", "values": torch.ones(3, dtype=torch.float16)}, "values"),
-        ({"dtype": torch.int32}, "dtype"),
+        ({"dtype": torch.int32}, "values"),
+        ({"dtype": torch.complex64, "values": torch.ones(3, dtype=torch.complex64)}, "dtype"),
+        ({"dtype": torch.float4_e2m1fn_x2}, "dtype"),
+        ({"dtype": torch.int8, "values": torch.ones(3, dtype=torch.int8), "kind": "add"}, "kind"),
+        ({"dtype": torch.int8, "kind": "add"}, "kind"),
+        ({"dtype": torch.bool, "values": torch.tensor([0, 1, 2], dtype=torch.uint8).view(torch.bool)}, "values"),
         ({"dtype": None}, "dtype"),
         ({"kind": "sub"}, "kind"),
         ({"kind": []}, "kind"),
@@ -123,7 +140,7 @@ bits = st.integers(-(2**63), 2**63 - 1)
 
 @given(
     st.lists(bits, max_size=20),
-    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(DTYPES),
     st.sampled_from([torch.int32, torch.int64]),
     st.sampled_from(["replace", "add"]),
     st.text(min_size=1, max_size=8).filter(lambda name: name.isprintable() and not set(name) & set("/\\.")),
@@ -135,7 +152,9 @@ def test_round_trip_of_any_bits(
 ) -> None:
     size = torch.empty(0, dtype=dtype).element_size()
     values = torch.tensor(numbers, dtype=torch.int64).view(torch.uint8).view(-1, 8)[:, :size]
-    values = values.contiguous().view(-1).view(dtype)
+    values = values.contiguous().view(-1)
+    values = (values % 2 if dtype == torch.bool else values).view(dtype)
+    kind = kind if dtype in ARITHMETIC else "replace"
     indices = torch.arange(len(numbers), dtype=index_dtype) * 3
     config = shira.ShiraConfig(["x"], mask="rand", seed=4) if with_config else None
     part = shira.AdapterTensor(indices, values, (4, 5, 3), dtype, kind, CHECKSUM if with_config else None)
@@ -143,6 +162,15 @@ def test_round_trip_of_any_bits(
     path = FOLDER / "round.safetensors"
     adapter.save(path)
     assert_same(adapter, shira.Adapter.load(path))
+    found, _ = read(path.read_bytes())
+    assert found[name].dtype == str(dtype).removeprefix("torch.")
+    assert found[name].values == bytes(bytes_of(values))
+    assert text_form(path) == ("shira/1" if dtype in ARITHMETIC else "shira/1.1")
+
+
+def text_form(path: Path) -> str:
+    form: str = parsed(split(path.read_bytes())[0])[0]["__metadata__"]["format"]
+    return form
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -584,8 +612,38 @@ def test_a_later_minor_version_is_read() -> None:
     assert_same(from_bytes(small()), from_bytes(changed(later)))
     unknown = from_bytes(changed({**later, "config flavour": 1}))
     assert unknown.config is None
-    with pytest.raises(shira.AdapterFormatError, match="unknown field"):
-        from_bytes(changed({**later, "header __metadata__ format": "shira/1"}))
+    for known in ("shira/1", "shira/1.1"):
+        with pytest.raises(shira.AdapterFormatError, match="unknown field"):
+            from_bytes(changed({**later, "header __metadata__ format": known}))
+
+
+def test_a_type_that_a_format_lacks_is_refused() -> None:
+    whole = to_bytes(shira.Adapter({"a": tensor(dtype=torch.int32, values=torch.tensor([1, -2, 3]).int())}))
+    text, data = split(whole)
+    assert b'"format":"shira/1.1"' in text
+    for form, dtype, message in (
+        ("shira/1", "int32", "'a': dtype must be one of float64, float32, bfloat16, float16, got 'int32'"),
+        ("shira/1.1", "complex64", "'a': dtype must be one of .*, bool, got 'complex64'"),
+        ("shira/1.2", "int4", "'a': dtype must be one of .*, bool, got 'int4'"),
+        ("shira/1.1", "uint32", "'a': values must be U32, got 'I32'"),
+    ):
+        header, description = parsed(text)
+        header["__metadata__"]["format"] = form
+        description["tensors"][0][2] = dtype
+        with pytest.raises(shira.AdapterFormatError, match=message):
+            from_bytes(joined(text_of(header, description), data))
+    header, description = parsed(text)
+    description["tensors"][0][4] = "add"
+    with pytest.raises(shira.AdapterFormatError, match="'a': kind must be 'replace' for int32, got 'add'"):
+        from_bytes(joined(text_of(header, description), data))
+
+
+def test_a_bool_is_a_bit() -> None:
+    whole = to_bytes(shira.Adapter({"a": tensor(dtype=torch.bool, values=torch.tensor([True, False, True]))}))
+    text, data = split(whole)
+    assert data[:3] == b"\x01\x00\x01"
+    with pytest.raises(shira.AdapterFormatError, match="'a': values must be False or True, bytes of 0 or 1"):
+        from_bytes(with_checksums(text, b"\x02" + data[1:]))
 
 
 @pytest.mark.parametrize("name", ["a/b", "a\\b", "..", "a\tb", "\ud800", "n" * 513])

@@ -260,6 +260,9 @@ def test_any_difference_is_exact(seed: int, share: float, dtype: torch.dtype) ->
     assert_same(applied(base, shira.diff(base, tuned)), tuned)
 
 
+FLOAT4 = torch.arange(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+
 def bad_diffs() -> dict[str, tuple[dict, str]]:
     w = torch.zeros(4)
     return {
@@ -274,10 +277,19 @@ def bad_diffs() -> dict[str, tuple[dict, str]]:
             "base has the tensor 'w' twice: as 'w' and as 'base_model.model.w'",
         ),
         "meta": ({"base": {"w": w.to("meta")}}, "w: base's tensor is on the meta device"),
-        "no float": (
-            {"base": {"w": w.int()}, "tuned": {"w": w.int() + 1}},
-            "w: 4 entries changed, but only float64.*not torch.int32",
+        "complex": (
+            {"base": {"w": w.to(torch.complex64)}, "tuned": {"w": w.to(torch.complex64) + 1}},
+            "w: it changed and is torch.complex64, which no adapter can hold",
         ),
+        "more than 8 bytes": (
+            {"base": {"w": w.to(torch.complex128)}, "tuned": {"w": w.to(torch.complex128) + 1}},
+            "w: it changed and is torch.complex128",
+        ),
+        "less than a byte": (
+            {"base": {"w": FLOAT4}, "tuned": {"w": (FLOAT4.view(torch.uint8) + 1).view(FLOAT4.dtype)}},
+            "w: it changed and is torch.float4_e2m1fn_x2",
+        ),
+        "sparse": ({"base": {"w": w.to_sparse()}, "tuned": {"w": w.to_sparse()}}, "w: base's tensor must be dense"),
         "top": ({"top": 0.0}, "top must be a share of each tensor's entries, above 0 and up to 1, got 0.0"),
         "not finite": ({"tuned": {"w": w / 0}, "top": 0.5}, "w: `top` cannot rank changes that are not finite"),
         "no base at all": ({"base": 3}, "base must be a model, its state dict or the path of safetensors, got 3"),

@@ -103,7 +103,7 @@ def test_deltas_refuse_what_is_not_their_base(tmp_path: Path) -> None:
         assert torch.equal(deltas(adapter, base, force=True)["0.weight"][1], expected)
     with pytest.raises(ValueError, match=r"2\.weight: the base has no tensor"):
         deltas(adapter, {"0.weight": model.get_parameter("0.weight")})
-    with pytest.raises(ValueError, match=r"no parameter '0\.weight'"):
+    with pytest.raises(ValueError, match=r"no parameter or buffer '0\.weight'"):
         deltas(adapter, nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"0\.weight: .*shape"):
         deltas(adapter, {"0.weight": torch.zeros(5, 6), "2.weight": torch.zeros(3, 6)})

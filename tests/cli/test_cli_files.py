@@ -211,6 +211,95 @@ def test_convert(files: Path, run: Run) -> None:
     assert convert.read("a-peft", "base").nnz == 2 * 70  # r (rows + columns), r = 1
 
 
+def test_types_that_can_only_be_replaced(files: Path, run: Run) -> None:
+    base = {**make_state(), "codes": torch.zeros(6, 50, dtype=torch.uint8), "count": torch.tensor(3)}
+    base["eight"] = torch.zeros(6, 50).to(torch.float8_e4m3fn)
+    tuned = {**tuned_of(base), "count": torch.tensor(9)}
+    for name in ("codes", "eight"):
+        tuned[name].view(torch.uint8)[2, ::9] = 0xFF  # of float8 a NaN
+    tuned["layers.0.q.weight"] = base["layers.0.q.weight"]
+    save_file(base, "any")
+    save_file(tuned, "any-tuned")
+    code, out, error = run("diff any any-tuned -o new")
+    assert (code, error) == (0, "")
+    rows = {line.split()[0]: line.split()[1:] for line in run("info new --base any")[1].splitlines() if line}
+    assert rows["codes"][3:6] == ["uint8", "replace", "6"]
+    assert rows["eight"][3:6] == ["float8_e4m3fn", "replace", "6"]
+    assert rows["count"][:4] == ["()", "int64", "replace", "1"]
+    assert rows["the"] == ["base", "any:", "the", "one", "that", "the", "adapter", "was", "made", "for"]
+    assert json.loads(run("info new --json")[1])["tensors"]["eight"]["dtype"] == "float8_e4m3fn"
+    assert run("convert new --to patch -o new-patch")[0] == 0
+    assert run("convert new-patch --base any --trust-base -o again")[0] == 0
+    assert run("fuse again --base any -o fused")[0] == 0
+    for name, adapter in (("merged", "new"), ("from-patch", "new-patch"), ("from-again", "again")):
+        assert run(f"apply any {adapter} -o {name}")[0] == 0
+        found = load_file(name)
+        assert all(torch.equal(bits(found[name]), bits(tensor)) for name, tensor in tuned.items())
+    found = load_file("from-fused") if run("apply any fused -o from-fused")[0] == 0 else {}
+    assert all(torch.equal(bits(found[name]), bits(tuned[name])) for name in ("codes", "count", "eight"))
+    before = sorted(os.listdir())
+    for line, message in (
+        ("apply any new -w 0.5 -o bad", "new changes 'codes', which is torch.uint8: its entries can be replaced at"),
+        ("apply any new again -o bad", "new and again both change 'codes', which is torch.uint8"),
+        ("fuse new again --base any -o bad", "new and again both change 'codes', which is torch.uint8"),
+        ("fuse new -w 2 --base any -o bad", "new changes 'codes', which is torch.uint8"),
+        ("convert new --base any --to peft-shira -o bad", "PEFT's SHiRA has weights of linear layers only"),
+        ("bench new --base any", "new: codes is torch.uint8, to which LoRA cannot be added"),
+        ("report new again --base any -o bad", "codes: it is torch.uint8, whose entries can be replaced"),
+    ):
+        code, out, error = run(line)
+        assert (code, out) == (2, "")
+        assert error.count("\n") == 1
+        assert message in error
+        assert sorted(os.listdir()) == before
+
+
+def test_an_adapter_that_changes_nothing(files: Path, run: Run) -> None:
+    for line in (
+        "diff base base -o none",
+        "convert none --to patch -o none-patch",
+        "convert none-patch --base base -o none-again",
+        "info none",
+        "info none --json",
+        "info none --base base",
+        "info none-patch",
+        "info none-patch --base base",
+        "fuse none none-patch --base base -o none-fused",
+        "apply base.safetensors none none-patch none-fused -o same",
+    ):
+        code, _, error = run(line)
+        assert (code, error) == (0, ""), line
+    assert Path("same").read_bytes() == Path("base.safetensors").read_bytes()
+    assert Path("none").read_bytes() != Path("none-again").read_bytes()  # whose provenance is another
+    code, _, error = run("convert none --to peft-shira --base base -o none-peft")
+    assert (code, error.count("\n")) == (2, 1)
+
+
+def test_tensors_of_other_types(files: Path, run: Run) -> None:
+    """They may be there, if torch knows them, and must not differ."""
+
+    def raw(path: str, dtype: str, shape: list[int], data: bytes) -> None:
+        entries = {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}
+        header = json.dumps(entries).encode()
+        Path(path).write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+    for dtype, shape, message in (
+        ("C64", [1], "a: it changed and is torch.complex64, which no adapter can hold"),
+        ("F4", [16], "a: it changed and is torch.float4_e2m1fn_x2, which no adapter can hold"),
+        ("F6_E2M3", [32], "'a' cannot be read: Dtype not understood: F6_E2M3"),
+        ("X9", [8], "x: not a whole safetensors file"),
+    ):
+        size = 24 if dtype == "F6_E2M3" else 8
+        raw("x", dtype, shape, bytes(size))
+        raw("y", dtype, shape, bytes(size - 1) + b"\x01")
+        code, out, error = run("diff x y -o new --force")
+        assert (code, out, error.count("\n")) == (2, "", 1)
+        assert message in error
+        assert not Path("new").exists()
+        if dtype in ("C64", "F4"):
+            assert run("diff x x -o same --force")[0] == 0
+
+
 BAD = {
     "diff base tuned -o a": "a: there already; --force replaces it",
     "diff base tuned -o none/new": "none/new: there is no folder none",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -408,6 +409,42 @@ def test_modules_to_save_of_peft_shira_are_differences(base: Path, tmp_path: Pat
     assert_close(with_adapter(base, found), logits(model), logits(load(base)))
 
 
+@pytest.mark.parametrize("kind", ["lora", "shira"])
+def test_buffers_of_modules_to_save_come_too(tmp_path: Path, kind: str) -> None:
+    """BatchNorm's statistics move in training, and PEFT saves them with the module."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Linear(8, 8)
+            self.head = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    torch.manual_seed(0)
+    base = Model()
+    config = (
+        peft.LoraConfig(target_modules=["body"], modules_to_save=["head"], init_lora_weights=False)
+        if kind == "lora"
+        else peft.ShiraConfig(r=1, target_modules=["body"], modules_to_save=["head"], init_weights=False)
+    )
+    tuned = peft.get_peft_model(copy.deepcopy(base), config)
+    for _ in range(3):
+        tuned.train()(torch.randn(16, 8) + 3)
+    tuned.save_pretrained(tmp_path / "peft")
+    before = {name: bits(tensor) for name, tensor in base.state_dict().items()}
+    adapter = convert.read(tmp_path / "peft", base)
+    assert {f"head.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")} < set(adapter)
+    assert adapter["head.1.num_batches_tracked"].values.tolist() == [3]
+    assert all(torch.equal(bits(tensor), before[name]) for name, tensor in base.state_dict().items())
+    bank = ResidentAdapters(base)
+    bank.add("it", adapter, force=True)
+    bank.switch("it")
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(base.eval()(x), tuned.eval()(x))
+
+
 def test_patches_both_ways(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     convert.write(adapter, tmp_path / "patch.safetensors", "patch")
     arrays = load_file(tmp_path / "patch.safetensors")
@@ -541,6 +578,18 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 def test_damaged_peft_files(base: Path, tmp_path: Path, arrays: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convert.read(peft_files(tmp_path / "peft", arrays), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_changes_of_weights_that_can_only_be_replaced_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = {"q.weight": torch.zeros(4, 4).to(dtype)}
+    name, message = "base_model.model.q", r"q\.weight: the base's tensor must be float64, .* float16, got torch\."
+    places = torch.tensor([[0], [1]], dtype=torch.int32)
+    sparse = {f"{name}.shira_weight": torch.ones(1), f"{name}.shira_indices": places}
+    tuned = {f"{name}.supertuning_values": torch.ones(8)}
+    for arrays, kind, config in ((sparse, "SHIRA", {}), (tuned, "SUPERTUNING", {"sparsity": 0.5})):
+        with pytest.raises(ValueError, match=message):
+            convert.read(peft_files(tmp_path / "peft", arrays, kind, **config), base)
 
 
 def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:

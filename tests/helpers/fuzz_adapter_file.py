@@ -50,6 +50,10 @@ HOSTILE: list[Any] = [
         "BF16",
         "U8",
         "I64",
+        "int8",
+        "I8",
+        "bool",
+        "shira/1.1",
         "add",
         "replace",
         "stored",
@@ -106,6 +110,14 @@ def originals() -> list[bytes]:
         ),
         shira.Adapter({"long": part(5000, (1000, 500), torch.float16, "replace", torch.float16)}),
         shira.Adapter({}),
+        shira.Adapter(
+            {
+                "eight": part(6, (40, 50), torch.float8_e4m3fn, "replace", torch.float8_e4m3fn),
+                "count": part(1, (), torch.int64, "replace", torch.int64),
+                "mask": part(3, (9,), torch.bool, "replace", torch.bool),
+                "a.weight": part(5, (40, 50), half, "add", single),
+            }
+        ),
     ]
     whole = [to_bytes(adapter) for adapter in adapters]
     for more in (
@@ -272,7 +284,7 @@ def run(seed: int, files: int) -> Counter[str]:
     whole = originals()
     for i in range(files):
         draw = random.Random(f"{seed}/{i}")
-        original = whole[draw.choice([0, 0, 0, 1, 1, 2, 3, 4, 5])]  # the simple ones more often
+        original = whole[draw.choice([0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6])]  # the simple ones more often
         file, may_be_right = mutated(draw, original)
         try:
             found[outcome(file, original, may_be_right)] += 1

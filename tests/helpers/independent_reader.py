@@ -7,8 +7,19 @@ import json
 import struct
 from typing import Any, NamedTuple
 
-SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# As the files call the types of values, as adapters do, bytes, and whether values may be added.
+TYPES = [
+    ("F64", "float64", 8, True), ("F32", "float32", 4, True),
+    ("BF16", "bfloat16", 2, True), ("F16", "float16", 2, True),
+    ("F8_E4M3", "float8_e4m3fn", 1, False), ("F8_E5M2", "float8_e5m2", 1, False),
+    ("F8_E8M0", "float8_e8m0fnu", 1, False),
+    ("I64", "int64", 8, False), ("I32", "int32", 4, False), ("I16", "int16", 2, False), ("I8", "int8", 1, False),
+    ("U64", "uint64", 8, False), ("U32", "uint32", 4, False), ("U16", "uint16", 2, False), ("U8", "uint8", 1, False),
+    ("BOOL", "bool", 1, False),
+]  # fmt: skip
+NAMES = {code: name for code, name, _, _ in TYPES}
+SIZES = {name: size for _, name, size, _ in TYPES}
+ADDED = [name for _, name, _, added in TYPES if added]
 
 
 class Tensor(NamedTuple):
@@ -33,7 +44,8 @@ def read(file: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     assert header[37:69].decode() == sha(header[:37] + b"0" * 32 + header[69:])
     entries = json.loads(header[8:])
     metadata = entries.pop("__metadata__")
-    assert metadata["format"].split(".")[0] == "shira/1"
+    major, _, minor = metadata["format"].partition(".")
+    assert major == "shira/1"
     description = json.loads(metadata["adapter"])
     assert description["indices"] == "stored"
 
@@ -46,6 +58,15 @@ def read(file: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         begin, end = entries[fields["name"] + ".values"]["data_offsets"]
         values = data[begin:end]
         assert len(values) == SIZES[values_dtype] * fields["nnz"]
+        assert begin % SIZES[values_dtype] == 0
+        assert fields["dtype"] in (SIZES if minor else ADDED)
+        if fields["kind"] == "replace":
+            assert values_dtype == fields["dtype"]
+        else:
+            assert fields["kind"] == "add"
+            assert fields["dtype"] in ADDED
+            assert values_dtype in (fields["dtype"], "float32")
+        assert values_dtype != "bool" or set(values) <= {0, 1}
         assert sha(code + values) == fields["content"]
         indices = decode(code, fields["nnz"])
         numel = 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from any_bits import ANY_DTYPES, random_bits
 from backend_matrix import BACKENDS, Backend, each_backend_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,11 +14,6 @@ import shira_kernels
 
 OP = "extract_changed"
 each_backend = each_backend_of(OP)
-# Elements of 1, 2, 4 and 8 bytes, and of every kind.
-DTYPES = (
-    torch.uint8, torch.bool, torch.float8_e4m3fn, torch.int16, torch.bfloat16, torch.float16, torch.float32,
-    torch.int64, torch.float64, torch.complex64,
-)  # fmt: skip
 
 
 def oracle(base: torch.Tensor, tuned: torch.Tensor) -> list[int]:
@@ -39,12 +35,6 @@ def check(backend: Backend, base: torch.Tensor, tuned: torch.Tensor) -> None:
     assert torch.equal(bits(values).view(-1, tuned.element_size()), wanted)
 
 
-def random_bits(numel: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    size = torch.empty(0, dtype=dtype).element_size()
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2 if dtype == torch.bool else 256, (numel * size,), generator=generator).byte().view(dtype)
-
-
 def changed(base: torch.Tensor, share: float, seed: int = 1) -> torch.Tensor:
     """A copy in which about so many elements differ in one bit."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,9 +47,9 @@ def changed(base: torch.Tensor, share: float, seed: int = 1) -> torch.Tensor:
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ANY_DTYPES, ids=str)
 def test_random_changes(backend: Backend, dtype: torch.dtype) -> None:
-    base = random_bits(4099, dtype)
+    base = random_bits(dtype, 4099)
     for share in (0, 0.01, 0.5, 1):
         check(backend, base, changed(base, share))
 
@@ -68,7 +58,7 @@ def test_random_changes(backend: Backend, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_few_and_many_changes_side_by_side(backend: Backend, dtype: torch.dtype) -> None:
     """The Triton kernel writes many changes in another way than few."""
-    base = random_bits(50_003, dtype)
+    base = random_bits(dtype, 50_003)
     generator = torch.Generator().manual_seed(4)
     share = torch.full((50_003,), 0.01)
     share[17_000:40_000] = 0.6
@@ -154,7 +144,7 @@ def test_large_tensors_on_any_number_of_threads(backend: Backend, share: float) 
 
 
 def test_applying_the_changes_gives_the_tuned_tensor() -> None:
-    base = random_bits(5000, torch.bfloat16)
+    base = random_bits(torch.bfloat16, 5000)
     tuned = changed(base, 0.1)
     shira_kernels.scatter_apply(base, *shira_kernels.extract_changed(base, tuned))
     assert torch.equal(bits(base), bits(tuned))

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from any_bits import ANY_DTYPES, random_bits
 from backend_matrix import BACKENDS, Backend, each_backend
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,34 +79,24 @@ def test_shapes(backend: Backend, shape: tuple[int, ...], nnz: int) -> None:
         check_case(backend, torch.float32, torch.int32, alpha, additive, True, shape=shape, nnz=nnz)
 
 
-ANY_DTYPES = (
-    *(torch.uint8, torch.int8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2),
-    *(torch.int16, torch.uint16, torch.float16, torch.bfloat16, torch.int32, torch.float32),
-    *(torch.int64, torch.float64, torch.complex64),
-)
-
-
 @each_backend
 @pytest.mark.parametrize("dtype", ANY_DTYPES, ids=str)
 def test_replace_copies_bits_of_any_dtype(backend: Backend, dtype: torch.dtype) -> None:
-    size = dtype.itemsize
-    generator = torch.Generator().manual_seed(2)
-    high = 2 if dtype == torch.bool else 256  # every bit pattern, so NaNs of every payload too
-    before = torch.randint(0, high, (999 * size,), dtype=torch.uint8, generator=generator)
-    values = torch.randint(0, high, (300 * size,), dtype=torch.uint8, generator=generator)
+    before, values = random_bits(dtype, 999, 2), random_bits(dtype, 300, 3)
     indices = sorted_indices(999, 300, torch.int32)
-    weight = before.view(dtype).to(backend.device, copy=True)
-    saved = torch.zeros(300 * size, dtype=torch.uint8).view(dtype).to(backend.device)
-    arguments = indices.to(backend.device), values.view(dtype).to(backend.device)
+    weight = before.to(backend.device, copy=True)
+    saved = torch.zeros_like(bits(values)).view(dtype).to(backend.device)
+    arguments = indices.to(backend.device), values.to(backend.device)
     with backend.running():
         torch.ops.shira.scatter_apply(weight, *arguments, 1.0, False, saved)
-    expected = before.view(999, size).clone()
-    expected[indices.long()] = values.view(300, size)
+    expected = bits(before).view(999, -1)
+    old = expected[indices.long()]
+    expected[indices.long()] = bits(values).view(300, -1)
     assert torch.equal(bits(weight), expected.view(-1))
-    assert torch.equal(bits(saved), before.view(999, size)[indices.long()].view(-1))
+    assert torch.equal(bits(saved), old.view(-1))
     with backend.running():
         torch.ops.shira.scatter_apply(weight, arguments[0], saved)
-    assert torch.equal(bits(weight), before), "reverting gives every bit back"
+    assert torch.equal(bits(weight), bits(before)), "reverting gives every bit back"
 
 
 @each_backend

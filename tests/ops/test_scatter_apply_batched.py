@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from any_bits import ANY_DTYPES, random_bits
 from backend_matrix import Backend, each_backend
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +30,28 @@ def arena(
     )
     values = torch.randn(sum(COUNTS), generator=generator, dtype=torch.float64).to(value_dtype or dtype)
     return weights, offsets, indices, values
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", ANY_DTYPES, ids=str)
+def test_replace_copies_bits_of_any_dtype(backend: Backend, dtype: torch.dtype) -> None:
+    before = [random_bits(dtype, (37, 27), 1), random_bits(dtype, (), 2), random_bits(dtype, (0, 3))]
+    indices = torch.cat([sorted_indices(999, 300, torch.int32), torch.zeros(1, dtype=torch.int32)])
+    offsets, values = torch.tensor([0, 300, 301, 301]), random_bits(dtype, 301, 3)
+    expected = bits(before[0]).view(999, -1)
+    old = torch.cat([expected[indices[:300].long()].view(-1), bits(before[1])])
+    expected[indices[:300].long()] = bits(values[:300]).view(300, -1)
+    weights = [weight.to(backend.device, copy=True) for weight in before]
+    saved = torch.zeros_like(bits(values)).view(dtype).to(backend.device)
+    arguments = offsets, indices.to(backend.device)
+    with backend.running():
+        torch.ops.shira.scatter_apply_batched(weights, *arguments, values.to(backend.device), 1.0, False, saved)
+    assert torch.equal(bits(weights[0]), expected.view(-1))
+    assert torch.equal(bits(weights[1]), bits(values[300:]))
+    assert torch.equal(bits(saved), old)
+    with backend.running():
+        torch.ops.shira.scatter_apply_batched(weights, *arguments, saved)
+    assert all(torch.equal(bits(weight), bits(b)) for weight, b in zip(weights, before, strict=True))
 
 
 @each_backend

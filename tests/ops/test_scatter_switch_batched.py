@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from any_bits import ANY_DTYPES, random_bits
 from backend_matrix import BACKENDS, Backend, each_backend_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,18 +81,14 @@ def test_equals_two_calls(backend: Backend, dtype: torch.dtype, alpha: float, ad
 
 
 @each_backend
-@pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.float8_e4m3fn, torch.int16, torch.bfloat16, torch.complex64], ids=str
-)
+@pytest.mark.parametrize("dtype", ANY_DTYPES, ids=str)
 def test_replace_copies_bits_of_any_dtype(backend: Backend, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(2)
-
-    def any_bits(count: int) -> torch.Tensor:
-        return torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
-
-    old = torch.tensor([0, 500]), sorted_indices(999, 500, torch.int32, 1), any_bits(500)
-    new = torch.tensor([0, 600]), sorted_indices(999, 600, torch.int64, 2), any_bits(600)
-    check_case(backend, [any_bits(999)], old, new)
+    old = torch.tensor([0, 500, 501]), sorted_indices(999, 500, torch.int32, 1), random_bits(dtype, 501, 1)
+    new = torch.tensor([0, 600, 601]), sorted_indices(999, 600, torch.int64, 2), random_bits(dtype, 601, 2)
+    old, new = (
+        (offsets, torch.cat([indices, indices.new_zeros(1)]), values) for offsets, indices, values in (old, new)
+    )
+    check_case(backend, [random_bits(dtype, (37, 27), 3), random_bits(dtype, (), 4)], old, new)
 
 
 @each_backend

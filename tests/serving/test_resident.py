@@ -734,7 +734,7 @@ def changed(part: shira.AdapterTensor, **fields: Any) -> shira.AdapterTensor:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("f.weight", lambda p: p, r"no parameter 'f\.weight'"),
+        ("f.weight", lambda p: p, r"no parameter or buffer 'f\.weight'"),
         ("a.weight", lambda p: changed(p, shape=(5, 4)), r"a\.weight: the adapter's shape"),
         ("b.weight", lambda p: p, r"b\.weight: the adapter's dtype"),
         ("a.weight", lambda p: changed(p, checksum="0" * 32), r"a\.weight: .*another base"),

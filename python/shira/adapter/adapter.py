@@ -61,8 +61,8 @@ class Adapter(Mapping[str, AdapterTensor]):
         return f"Adapter({len(self)} tensors, {self.nnz} entries, density {self.density:.4g}, {kinds})"
 
     def save(self, path: str | os.PathLike[str], *, indices: bool = True, base: Base | None = None) -> None:
-        """Writes one safetensors file of format "shira/1". At every moment `path` holds its old content or all of
-        the new.
+        """Writes one safetensors file of format "shira/1", or "shira/1.1" if it has tensors of float8, integers or
+        bool. At every moment `path` holds its old content or all of the new.
 
         Equal adapters give equal bytes. Indices come back as int32 for tensors below 2^31 elements, else as int64.
 

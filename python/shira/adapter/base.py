@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from shira.adapter.checksum import checksum_of
 from shira.adapter.tensor import AdapterTensor
 from shira.files.checkpoint import Base, open_tensors
 from shira.files.errors import ArgumentError, Piece, warn
-from shira.model.names import canonical, first_names
+from shira.model.names import canonical, state_buffers, state_names
+from shira_kernels.bits import gathered
 
 
 class BaseTensors(Mapping[str, torch.Tensor]):
@@ -34,9 +36,9 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         self._own = {canonical(own): own for own in self._tensors}
         self._first_uses: dict[str, str] | None = None
         if isinstance(base, nn.Module):
-            first = first_names(base)
-            parameters = base.named_parameters(remove_duplicate=False)
-            self._first_uses = {canonical(own): first[parameter] for own, parameter in parameters}
+            first = state_names(base)
+            state = itertools.chain(base.named_parameters(remove_duplicate=False), state_buffers(base))
+            self._first_uses = {canonical(own): first[tensor] for own, tensor in state}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[self._own[name]].detach()
@@ -61,7 +63,7 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         if self._first_uses is not None:
             wanted = self._first_uses.get(wanted, "")
             if wanted not in self._own:
-                raise ValueError(f"the model has no parameter {name!r}")
+                raise ValueError(f"the model has no parameter or buffer {name!r}")
         elif wanted not in self._own:
             raise ValueError(f"{name}: the base has no tensor of this name")
         return wanted
@@ -84,7 +86,7 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         first: dict[tuple[Any, ...], str] = {}
         aliases = {}
         for name, tensor in self.items():
-            if tensor.numel() and not tensor.is_meta:
+            if tensor.numel() and not tensor.is_meta and tensor.layout == torch.strided:
                 memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
                 if first.setdefault(memory, name) != name:
                     aliases[name] = first[memory]
@@ -100,6 +102,8 @@ def check_fits(name: Piece, tensor: AdapterTensor, weight: torch.Tensor) -> None
         raise ArgumentError(name, f": the adapter's dtype is {tensor.dtype}, the model's {weight.dtype}")
     if weight.is_meta:
         raise ArgumentError(name, ": the model's tensor is on the meta device and holds no data")
+    if weight.layout != torch.strided:
+        raise ArgumentError(name, f": the model's tensor must be dense, got {weight.layout}")
     if not weight.is_contiguous():
         raise ArgumentError(name, f": the model's tensor must be contiguous, got strides {weight.stride()}")
 
@@ -114,4 +118,4 @@ def check_base(name: Piece, tensor: AdapterTensor, base: torch.Tensor) -> None:
 
 def entries_of(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The weight's entries at flat `indices`, on the device of those."""
-    return weight.detach().view(-1).index_select(0, indices.to(weight.device)).to(indices.device)
+    return gathered(weight.detach(), indices.to(weight.device)).to(indices.device)

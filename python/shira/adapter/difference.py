@@ -14,10 +14,11 @@ from shira.adapter.base import BaseTensors
 from shira.adapter.checksum import checksum_of
 from shira.adapter.tensor import DTYPES, AdapterTensor
 from shira.files.checkpoint import Base
-from shira.files.errors import Argument, ArgumentError, warn
+from shira.files.errors import Argument, ArgumentError, Piece, warn
 from shira.files.progress import Progress, no_progress
 from shira_kernels import extract_changed, topk_indices
-from shira_kernels.dtypes import compute_dtype
+from shira_kernels.bits import gathered
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 
 # Above this share of changed entries a tensor is called not sparse. At 10 % of a bfloat16 tensor 97 % of its memory
 # lines of 64 bytes are touched: a switch moves as much memory as one that writes the whole tensor.
@@ -44,7 +45,8 @@ def diff(
         base: a model, its state dict, a safetensors file, or a folder of such files.
         tuned: the same model with other weights, in any of these forms. Names may have PEFT's prefixes on either side.
         top: of each tensor keep only the changes that are largest in magnitude, as many as are at most this share of
-            its entries, above 0 and up to 1, but at least one. Of equal changes the first is kept.
+            its entries, above 0 and up to 1, but at least one. Of equal changes the first is kept. Tensors of other
+            types than float64, float32, bfloat16 and float16 are kept whole: what they hold may be codes, not numbers.
         common: leave out tensors that only one side has, instead of refusing them.
         progress: called before each tensor, with how many are done, how many there are, and its name.
 
@@ -56,9 +58,9 @@ def diff(
 
     Raises:
         ValueError: naming the tensor: only one side has it (a tensor that shares its memory with another one counts as
-            that one), the sides have it with another shape or dtype, it changed and is not floating point (float64,
-            float32, bfloat16 or float16), or is on the meta device; `top` out of range, or changes that are not finite
-            with `top`; a file that is not a whole safetensors file.
+            that one), the sides have it with another shape or dtype, it changed and is of a dtype that an adapter
+            cannot hold (such as complex ones), is on the meta device, or sparse or quantized; `top` out of
+            range, or changes that are not finite with `top`; a file that is not a whole safetensors file.
         OSError: a file cannot be read.
 
     Warns:
@@ -126,26 +128,33 @@ def changes(
     for tensor, side in ((base, "base"), (tuned, "tuned")):
         if tensor.is_meta:
             raise ValueError(f"{name}: {side}'s tensor is on the meta device and holds no data")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{name}: {side}'s tensor must be dense and plain, got {tensor.layout} {tensor.dtype}")
     for field in ("shape", "dtype"):
         old, new = getattr(base, field), getattr(tuned, field)
         if old != new:
             old, new = (tuple(side) if field == "shape" else side for side in (old, new))
             raise ValueError(f"{name}: the {field} is {old} in base, but {new} in tuned")
-    indices, values = extract_changed(base, tuned.to(base.device))
+    tuned = tuned.to(base.device)
+    if base.dtype not in DTYPES:
+        if not torch.equal(_bytes_of(base), _bytes_of(tuned)):
+            raise ValueError(f"{name}: it changed and is {base.dtype}, which no adapter can hold")
+        return None, (0.0, 0.0)
+    indices, values = extract_changed(base, tuned)
     if not indices.numel():
         return None, (0.0, 0.0)
-    if base.dtype not in DTYPES:
-        raise ValueError(
-            f"{name}: {indices.numel()} entries changed, but only float64, float32, bfloat16 and float16 tensors may, "
-            f"not {base.dtype}"
-        )
-    entries = base.reshape(-1)[indices.long()]
+    entries = gathered(base.resolve_neg().contiguous(), indices)
     energy = (0.0, 0.0)
-    if top is not None:
+    if top is not None and base.dtype in ARITHMETIC:
         kept, energy = _largest(name, entries, values, max(1, int(top * base.numel())))
         indices, values, entries = (as_kept[kept] for as_kept in (indices, values, entries))
     changed = AdapterTensor(indices.cpu(), values.cpu(), tuple(base.shape), base.dtype, "replace", checksum_of(entries))
     return changed, energy
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of any dtype, byte by byte."""
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def _largest(
@@ -165,16 +174,14 @@ def _share(kept: float, of_all: float) -> float:
 
 
 def warn_where_not_sparse(tensors: Mapping[str, AdapterTensor]) -> None:
-    """One warning for all tensors that are not sparse."""
-    dense = {n: tensor.nnz / tensor.numel for n, tensor in tensors.items() if tensor.nnz > SPARSE_UP_TO * tensor.numel}
+    """One warning for all tensors that are not sparse, of which a single number is not one."""
+    dense = {n: t.nnz / t.numel for n, t in tensors.items() if t.nnz > SPARSE_UP_TO * t.numel and t.numel > 1}
     if dense:
         first = ", ".join(f"{name} ({density:.1%})" for name, density in list(dense.items())[:3])
         more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
-        warn(
-            f"not sparse: more than {SPARSE_UP_TO:.0%} of the entries changed in {first}{more}; ",
-            Argument("top"),
-            " keeps only the largest changes",
-        )
+        ranked = any(tensors[name].dtype in ARITHMETIC for name in dense)
+        hint: Piece = ("; ", Argument("top"), " keeps only the largest changes") if ranked else ""
+        warn(f"not sparse: more than {SPARSE_UP_TO:.0%} of the entries changed in {first}{more}", hint)
 
 
 def _file_name(base: Base) -> str | None:

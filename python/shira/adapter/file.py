@@ -1,4 +1,4 @@
-"""Adapter files of format "shira/1", which docs/format.md specifies.
+"""Adapter files of format "shira/1" or "shira/1.1", which docs/format.md specifies.
 
 One safetensors file, whose header is read and written here rather than by the safetensors library: the checksum covers
 the header's bytes; nothing is read before the header's sizes are known to be those of the file; the file is read once,
@@ -18,7 +18,7 @@ import torch
 from shira.adapter.checksum import bytes_of, checksums, little_endian
 from shira.adapter.header import MAX_HEADER, Header, build, check_checksum, check_name, check_shape, parse, regions_of
 from shira.adapter.recompute import check_recomputable, recomputed
-from shira.adapter.tensor import AdapterTensor
+from shira.adapter.tensor import AdapterTensor, check_bools
 from shira.files.atomic import write_atomically
 from shira.files.checkpoint import Base
 from shira.files.errors import AdapterFormatError, Argument, ArgumentError
@@ -146,6 +146,7 @@ def _read(file: BinaryIO, size: int, base: Base | None) -> Content:
             raise ValueError(f"{name!r}: indices: {str(error).partition(': ')[2]}") from None
         bits = as_bits(data[slice(*found.values)].view(found.values_dtype))
         values = little_endian(bits).view(found.values_dtype)
+        check_bools(repr(name), values)
         tensors[name] = AdapterTensor(indices, values, found.shape, found.dtype, found.kind, found.base)
     return Content(tensors, header.config, header.provenance, header.has_indices)
 

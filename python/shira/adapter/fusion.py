@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -13,13 +13,13 @@ import torch
 from shira.adapter.adapter import Adapter
 from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of
 from shira.adapter.checksum import checksum_of
-from shira.adapter.tensor import AdapterTensor
+from shira.adapter.tensor import AdapterTensor, check_strengths
 from shira.files.checkpoint import Base
 from shira.files.errors import Argument, ArgumentError, Piece
 from shira.files.progress import Progress, no_progress
 from shira.model.names import canonical
 from shira_kernels import fuse_adapters
-from shira_kernels.dtypes import compute_dtype
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 from shira_kernels.ops.fuse_adapters import POLICIES
 
 
@@ -52,6 +52,7 @@ def fuse(
 
     Returns:
         An adapter with float32 values (float64 for float64 tensors), which are rounded only where they are applied.
+        Tensors of types that can only be replaced, such as int8, stay as they are, of kind "replace".
         Names are canonical, in a model as base those of a tensor's first use. Checksums are those of the base's entries
         over the union; with no base, that of an adapter that has all of the union's entries, else None. Its
         `provenance` is {"policy": ..., "adapters": [{"name": the file's name or null, "weight": ..., "kind": "add",
@@ -61,8 +62,9 @@ def fuse(
     Raises:
         ValueError: naming the adapter's position and the tensor: one of kind "replace" and no base, a base that
             lacks the tensor, has it with another shape or dtype, or other entries than the adapter was made for, two
-            adapters that disagree about a tensor's shape or dtype; no adapter, a strength that is not finite, an
-            unknown policy, a file that is not a valid adapter (AdapterFormatError).
+            adapters that disagree about a tensor's shape or dtype; a tensor that can only be replaced, at another
+            strength than 1 or in several adapters; no adapter, a strength that is not finite, an unknown policy, a file
+            that is not a valid adapter (AdapterFormatError).
         OSError: a file cannot be read.
 
     Warns:
@@ -83,7 +85,7 @@ def fuse(
     tensors = {}
     for done, (name, summands) in enumerate(by_name.items()):
         progress(done, len(by_name), name)
-        tensors[name] = _fused(summands, None if weights is None else weights[name], policy, force)
+        tensors[name] = _fused(name, summands, None if weights is None else weights[name], policy, force)
     return Adapter(tensors, provenance={"policy": policy, "adapters": [_origin(*entry) for entry in loaded]})
 
 
@@ -99,7 +101,7 @@ def checked_strength(called: Piece, strength: float) -> float:
 class _Summand:
     """An adapter's entries of one tensor, and their strength."""
 
-    label: Piece  # in messages
+    label: tuple[Argument, str]  # in messages: the adapter, and its name of the tensor
     tensor: AdapterTensor
     strength: float
 
@@ -128,9 +130,12 @@ def _origin(name: str | None, adapter: Adapter, strength: float) -> dict[str, An
     return origin if adapter.provenance is None else {**origin, "provenance": adapter.provenance}
 
 
-def _fused(summands: list[_Summand], weight: torch.Tensor | None, policy: str, force: bool) -> AdapterTensor:
+def _fused(name: str, summands: list[_Summand], weight: torch.Tensor | None, policy: str, force: bool) -> AdapterTensor:
     """What several adapters have of one tensor, as one. `weight` is the base's tensor, if there is a base."""
     first = summands[0].tensor
+    if copied := [summand.tensor.dtype for summand in summands if summand.tensor.dtype not in ARITHMETIC]:
+        check_strengths(name, copied[0], [(summand.label[0], summand.strength) for summand in summands])
+        return _copied(summands[0], weight, force)
     device = first.indices.device
     indices, values = [], []
     for label, tensor in ((summand.label, summand.tensor) for summand in summands):
@@ -152,6 +157,18 @@ def _fused(summands: list[_Summand], weight: torch.Tensor | None, policy: str, f
     return AdapterTensor(union, fused, first.shape, first.dtype, "add", checksum)
 
 
+def _copied(summand: _Summand, weight: torch.Tensor | None, force: bool) -> AdapterTensor:
+    """An adapter's tensor as it is, with the checksum of the base's entries if there is a base."""
+    tensor = summand.tensor
+    if weight is None:
+        return tensor
+    check_fits(summand.label, tensor, weight)
+    entries = entries_of(weight, tensor.indices)
+    if not force:
+        check_base(summand.label, tensor, entries)
+    return replace(tensor, checksum=checksum_of(entries))
+
+
 @torch.no_grad()
 def deltas(adapter: Adapter, base: Base | None, *, force: bool = False) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What an adapter adds to the base.
@@ -166,8 +183,9 @@ def deltas(adapter: Adapter, base: Base | None, *, force: bool = False) -> dict[
         the values of kind "add", value - base of kind "replace"), on the adapter's device.
 
     Raises:
-        ValueError: naming the tensor: one of kind "replace" and no base, a base that lacks the tensor, has it with
-            another shape or dtype, or other entries than the adapter was made for; a tensor named twice.
+        ValueError: naming the tensor: one of kind "replace" and no base, or of a dtype whose entries can only be
+            replaced; a base that lacks the tensor, has it with another shape or dtype, or other entries than the
+            adapter was made for; a tensor named twice.
         OSError: the base's file cannot be read.
 
     Warns:
@@ -193,6 +211,8 @@ def _by_name(adapter: Adapter, weights: BaseTensors | None) -> dict[str, tuple[s
 
 def _delta(label: Piece, tensor: AdapterTensor, weight: torch.Tensor | None, force: bool) -> torch.Tensor:
     """[nnz] in the type that deltas are computed in."""
+    if tensor.dtype not in ARITHMETIC:
+        raise ArgumentError(label, f": it is {tensor.dtype}, whose entries can be replaced but have no differences")
     dtype = compute_dtype(tensor.dtype)
     values = tensor.values.to(dtype)
     if weight is None:

@@ -17,19 +17,21 @@ from shira.adapter.tensor import AdapterTensor
 from shira.masks.config import ShiraConfig
 from shira_kernels.ops.encode_indices import MAX_NUMEL
 
-FORMAT = "shira/1"
+FORMATS = ("shira/1", "shira/1.1")  # each of which has the types of the one before, and more
 MAX_HEADER = 2**23  # bytes: JSON takes up to sixty times as many when it is parsed
 BEGIN = b'{"__metadata__":{"checksum":"'  # of the header; the checksum's digits follow
 
 _MAX_NAME, _MAX_DIMENSIONS = 512, 64
 _ALIGNMENT = 8  # bytes
 _STORED, _RECOMPUTED = "stored", "recomputed"
+# As we and as safetensors name them: those of shira/1, and those of its minor version 1.
+_ARITHMETIC = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-}  # as we and as safetensors name them
+    **_ARITHMETIC,
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 _FIELDS = ("name", "shape", "dtype", "nnz", "kind", "base", "content")  # of a tensor's row in the description
 
 _Regions: TypeAlias = "dict[str, tuple[str, list[Any], int, int]]"  # name -> dtype, shape, begin, end
@@ -126,7 +128,9 @@ def build(
         region.name: {"dtype": region.dtype, "shape": [region.count], "data_offsets": offsets}
         for region, offsets in zip(regions, itertools.pairwise(ends), strict=True)
     }
-    metadata = {"checksum": "0" * DIGITS, "format": FORMAT, "adapter": _json(description)}
+    is_first = all(_dtype_name(tensor.dtype) in _ARITHMETIC for tensor in tensors.values())
+    form = FORMATS[0] if is_first else FORMATS[1]  # the oldest, which most readers know
+    metadata = {"checksum": "0" * DIGITS, "format": form, "adapter": _json(description)}
     text = _json({"__metadata__": metadata, **entries}, sort=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > MAX_HEADER:
@@ -172,7 +176,8 @@ def parse(header: bytes, size: int) -> Header:
         raise ValueError(f"the header's length must be a multiple of {_ALIGNMENT}, got {len(header) - 8}")
     entries = _object("the header", _parsed("the header", header[8:]))
     metadata = _object("the header's __metadata__", entries.pop("__metadata__", None))
-    newer = _is_newer(metadata.get("format"))
+    minor = _minor_version(metadata.get("format"))
+    newer = minor >= len(FORMATS)
     _check_fields("the header's __metadata__", metadata, {"checksum", "format", "adapter"}, newer=newer)
     regions = _regions(entries, size)
 
@@ -184,7 +189,9 @@ def parse(header: bytes, size: int) -> Header:
         raise ValueError(f"{where}: indices must be 'stored' or 'recomputed', got {shown(form)}")
     tensors = {}
     for row in _rows(where, description["fields"], description["tensors"], newer):
-        tensor = _tensor(row, regions, form == _STORED)  # a name that is repeated finds no region of its own
+        tensor = _tensor(
+            row, regions, _DTYPES if minor else _ARITHMETIC, form == _STORED
+        )  # a name that is repeated finds no region of its own
         tensors[tensor.name] = tensor
     if regions and not newer:
         raise ValueError(f"tensor {shown(next(iter(regions)))} is not described")
@@ -194,12 +201,12 @@ def parse(header: bytes, size: int) -> Header:
     return Header(tensors, _config(description["config"], newer), provenance, form == _STORED)
 
 
-def _is_newer(form: object) -> bool:
-    """Whether the format is a later minor version than this one. Refuses another major version."""
-    match = re.fullmatch(r"shira/([1-9][0-9]{0,8})(\.[1-9][0-9]{0,8})?", form) if isinstance(form, str) else None
+def _minor_version(form: object) -> int:
+    """The format's minor version; 0 of the first. Refuses another major version."""
+    match = re.fullmatch(r"shira/([1-9][0-9]{0,8})(?:\.([1-9][0-9]{0,8}))?", form) if isinstance(form, str) else None
     if match is None or match[1] != "1":
-        raise ValueError(f"unknown format {shown(form)}: this version reads {FORMAT!r} and its minor versions")
-    return match[2] is not None
+        raise ValueError(f"unknown format {shown(form)}: this version reads {FORMATS[0]!r} and its minor versions")
+    return int(match[2] or 0)
 
 
 def _regions(entries: dict[str, Any], size: int) -> _Regions:
@@ -239,21 +246,23 @@ def _rows(where: str, fields: Any, tensors: Any, newer: bool) -> Iterable[dict[s
         yield dict(zip(fields, row, strict=True))
 
 
-def _tensor(fields: dict[str, Any], regions: _Regions, has_indices: bool) -> TensorHeader:
-    """One tensor's description; its regions are taken out of `regions`."""
+def _tensor(fields: dict[str, Any], regions: _Regions, dtypes: Mapping[str, str], has_indices: bool) -> TensorHeader:
+    """One tensor's description; its regions are taken out of `regions`. dtypes: those that the format has."""
     name, shape, nnz, base = fields["name"], fields["shape"], fields["nnz"], fields["base"]
     check_name(name)
     where = repr(name)
     if not isinstance(shape, list):
         raise ValueError(f"{where}: shape must be a list, got {shown(shape)}")
     check_shape(where, shape)
-    if not isinstance(fields["dtype"], str) or fields["dtype"] not in _DTYPES:
-        raise ValueError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {shown(fields['dtype'])}")
+    if not isinstance(fields["dtype"], str) or fields["dtype"] not in dtypes:
+        raise ValueError(f"{where}: dtype must be one of {', '.join(dtypes)}, got {shown(fields['dtype'])}")
     dtype = getattr(torch, fields["dtype"])
     if type(nnz) is not int or not 0 <= nnz <= math.prod(shape):
         raise ValueError(f"{where}: nnz must lie in [0, {math.prod(shape)}], got {shown(nnz)}")
     if fields["kind"] not in ("replace", "add"):
         raise ValueError(f"{where}: kind must be 'replace' or 'add', got {shown(fields['kind'])}")
+    if fields["kind"] == "add" and fields["dtype"] not in _ARITHMETIC:
+        raise ValueError(f"{where}: kind must be 'replace' for {fields['dtype']}, got 'add'")
     for field, given in (("base", base), ("content", fields["content"])):
         if not (field == "base" and given is None) and not (
             isinstance(given, str) and re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", given)

@@ -350,7 +350,7 @@ def _print_tensors(adapter: Adapter) -> None:
     rows = [
         (
             name,
-            " x ".join(map(str, tensor.shape)),
+            " x ".join(map(str, tensor.shape)) or "()",
             str(tensor.dtype).removeprefix("torch."),
             tensor.kind,
             str(tensor.nnz),

@@ -27,6 +27,7 @@ from shira.files.errors import Argument, ArgumentError
 from shira.serving.bank import ResidentAdapters
 from shira_kernels import backends
 from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import ARITHMETIC
 
 OURS, COPY, LORA = "shira", "index_copy_ twice", "LoRA, addmm_ twice"
 _MIN_ROUNDS = 5
@@ -86,7 +87,7 @@ def run_bench(
 
     Raises:
         ValueError: files without a base, two files of one name, adapters that do not belong to the base, no such
-            device, or an adapter without entries. Nothing was written then.
+            device, an adapter without entries, or of a dtype that LoRA cannot change. Nothing was written then.
         OSError: something cannot be read or written.
         RuntimeError: a switch gave other entries than the adapter's, or the base did not come back.
     """
@@ -103,6 +104,10 @@ def run_bench(
         raise ValueError(f"two adapters have the same name: {', '.join(file.stem for file in files)}")
     if empty := [name for name, adapter in adapters.items() if not adapter.nnz]:
         raise ValueError(f"{empty[0]}: the adapter changes nothing")
+    for name, adapter in adapters.items():
+        for tensor_name, tensor in adapter.items():
+            if tensor.dtype not in ARITHMETIC:
+                raise ValueError(f"{name}: {tensor_name} is {tensor.dtype}, to which LoRA cannot be added")
     model = random_model() if base is None else model_of(adapters.values(), base)
     if base is None:
         adapters = {f"random {i}": random_adapter(model, i) for i in range(2)}

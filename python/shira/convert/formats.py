@@ -55,7 +55,7 @@ def format_of(path: str | os.PathLike[str]) -> str:
     if any(value.startswith("shira/") for value in _metadata(path).values()):
         return "shira"
     stems = {name.removesuffix(".indices") for name in tensors if name.endswith(".indices")}
-    if stems and set(tensors) == {f"{stem}.{part}" for stem in stems for part in ("indices", "values")}:
+    if set(tensors) == {f"{stem}.{part}" for stem in stems for part in ("indices", "values")}:
         return "patch"
     raise ValueError(
         f"{path}: no known adapter: neither a shira file nor a patch of <name>.indices and <name>.values; "

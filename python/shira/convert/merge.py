@@ -16,7 +16,7 @@ from shira.adapter.adapter import Adapter, describe
 from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of
 from shira.adapter.checksum import checksum_of
 from shira.adapter.fusion import checked_strength
-from shira.adapter.tensor import AdapterTensor
+from shira.adapter.tensor import AdapterTensor, check_strengths
 from shira.files.checkpoint import Base, TensorFolder
 from shira.files.errors import AdapterFormatError, Argument, ArgumentError, warn
 from shira.files.output import check_apart, check_free, check_replaceable, written_whole
@@ -135,8 +135,9 @@ def merge_checkpoint(
 
     Raises:
         ValueError: naming the tensor: the base lacks it, has it with another shape or dtype, or with other entries than
-            an adapter was made for; no adapter, a strength that is not finite, `output` is there, or lies in the base
-            or around it; a damaged file. Nothing was written then.
+            an adapter was made for; a tensor whose entries can only be replaced (of another dtype than float64,
+            float32, bfloat16 and float16) would be scaled or mixed; no adapter, a strength that is not finite, `output`
+            is there, or lies in the base or around it; a damaged file. Nothing was written then.
         OSError: something cannot be read or written.
 
     Warns:
@@ -149,6 +150,9 @@ def merge_checkpoint(
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
     changed = _by_tensor([adapter for adapter, _ in loaded], BaseTensors(folder))
     strengths = [strength for _, strength in loaded]
+    for name, tensors in changed.items():
+        uses = [(Argument("adapters", position), strengths[position]) for position in tensors]
+        check_strengths(name, tensors[min(tensors)].dtype, uses)
 
     files = sorted(set(folder.files.values()))
     if outside := [str(file) for file in files if base.is_dir() and not _lies_in(base, file)]:

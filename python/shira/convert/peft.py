@@ -31,7 +31,7 @@ def read_shira(folder: Path, weights: Weights, progress: Progress) -> Mapping[st
     for done, (module, fields) in enumerate(modules.items()):
         name = canonical(f"{module}.weight")
         progress(done, len(modules), name)
-        weight, values = weights[name], tensors[fields["shira_weight"]]
+        weight, values = weights.arithmetic(name), tensors[fields["shira_weight"]]
         places = tensors[fields["shira_indices"]]
         if weight.dim() != 2 or places.dim() != 2 or places.shape[0] != 2:
             raise ValueError(f"{name}: rows and columns must be [2, nnz] for a matrix, got {list(places.shape)}")
@@ -56,7 +56,7 @@ def read_supertuning(folder: Path, weights: Weights, progress: Progress) -> Mapp
         name = canonical(f"{module}.weight")
         progress(done, len(modules), name)
         # PEFT rounds the changes to the weight's type before it adds them.
-        weight = weights[name]
+        weight = weights.arithmetic(name)
         values = tensors[fields["supertuning_values"]].to(weight.dtype)
         if "supertuning_indices" in fields:
             indices = tensors[fields["supertuning_indices"]]
@@ -115,6 +115,8 @@ def _supertuning_indices(name: str, weight: torch.Tensor, config: Mapping[str, A
 
 def write_shira(adapter: Adapter, path: Path, base: Base | None, *, force: bool) -> None:
     """Writes a folder of PEFT. Without `force` a base is refused that the adapter was not made for."""
+    if not adapter:
+        raise ValueError("the adapter changes nothing, and PEFT loads no adapter without layers")
     for name, tensor in adapter.items():
         if len(tensor.shape) != 2 or not name.endswith(".weight"):
             raise ValueError(f"{name}: PEFT's SHiRA has weights of linear layers only, not a tensor of {tensor.shape}")

@@ -27,7 +27,7 @@ from shira.convert.source import CONFIG, WEIGHTS, json_object, peft_config
 from shira.files.checkpoint import Base, TensorFolder
 from shira.files.errors import warn
 from shira.files.progress import Progress
-from shira.model.names import canonical, first_names
+from shira.model.names import canonical, state_names
 from shira_kernels.bits import as_bits
 
 # Model classes of transformers by PEFT's task types; without one the class that the base's config.json names.
@@ -50,10 +50,10 @@ def read(folder: Path, base: Base, top: float | None, progress: Progress) -> tup
 
     task = _checked_task(folder)
     model = base if isinstance(base, nn.Module) else _model(base, task)
-    names = first_names(model)
+    names = state_names(model)
     weights = {name: parameter for parameter, name in names.items()}
     found = _Changes(folder, top, None if isinstance(base, nn.Module) else BaseTensors(base))
-    # What the file has whole, such as biases and `modules_to_save`: PEFT may load it into the model itself.
+    # What the file has whole, such as biases and `modules_to_save` with their buffers: PEFT may load it into the model.
     file = TensorFolder(folder / WEIGHTS)
     whole = {canonical(key): key for key in file if canonical(key) in weights}
     users = Counter(names[parameter] for _, parameter in model.named_parameters(remove_duplicate=False))

@@ -11,9 +11,10 @@ import torch
 
 from shira.adapter.base import BaseTensors, entries_of
 from shira.adapter.checksum import checksum_of
-from shira.adapter.tensor import DTYPES, AdapterTensor
+from shira.adapter.tensor import DTYPES, AdapterTensor, names_of
 from shira.files.checkpoint import Base
-from shira_kernels.dtypes import index_dtype
+from shira_kernels.bits import gathered
+from shira_kernels.dtypes import ARITHMETIC, index_dtype
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"  # of PEFT
 
@@ -34,7 +35,14 @@ class Weights:
             raise ValueError(f"{name}: the base has no tensor of this name")
         weight = self._tensors[name]
         if weight.dtype not in DTYPES:
-            raise ValueError(f"{name}: the base's tensor must be floating point, got {weight.dtype}")
+            raise ValueError(f"{name}: the base's tensor is {weight.dtype}, which no adapter can hold")
+        return weight
+
+    def arithmetic(self, name: str) -> torch.Tensor:
+        """A tensor that changes are added to. Raises ValueError for one whose entries can only be replaced."""
+        weight = self[name]
+        if weight.dtype not in ARITHMETIC:
+            raise ValueError(f"{name}: the base's tensor must be {names_of(ARITHMETIC)}, got {weight.dtype}")
         return weight
 
     def tensor(
@@ -48,7 +56,9 @@ class Weights:
             raise ValueError(f"{name}: indices must lie in [0, {weight.numel()})")
         checksum = checksum_of(entries_of(weight, indices)) if self._trusted else None
         indices = indices.to(index_dtype(weight.numel()))
-        return AdapterTensor(indices, values[order], tuple(weight.shape), weight.dtype, kind, checksum)
+        return AdapterTensor(
+            indices, gathered(values.contiguous(), order), tuple(weight.shape), weight.dtype, kind, checksum
+        )
 
 
 class Found(Mapping[str, AdapterTensor]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -31,6 +33,35 @@ def resolve(model: nn.Module, name: str) -> nn.Parameter:
         if canonical(own) == wanted:
             return parameter
     raise ValueError(f"the model has no parameter {name!r}")
+
+
+def state_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers of the model's state dict, each under all of its names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for own, buffer in module._buffers.items():
+            if buffer is not None and own not in module._non_persistent_buffers_set:
+                yield f"{path}.{own}" if path else own, buffer
+
+
+def state_names(model: nn.Module) -> dict[torch.Tensor, str]:
+    """The canonical name of each parameter, then of each buffer of the state dict; a tied one has its first."""
+    names = first_names(model)
+    for own, buffer in state_buffers(model):
+        names.setdefault(buffer, canonical(own))
+    return names
+
+
+def resolve_state(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter, or buffer of the state dict, of that name in any of its spellings. Raises ValueError if the model
+    has neither."""
+    try:
+        return resolve(model, name)
+    except ValueError:
+        wanted = canonical(name)
+        for own, buffer in state_buffers(model):
+            if canonical(own) == wanted:
+                return buffer
+        raise ValueError(f"the model has no parameter or buffer {name!r}") from None
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from shira_kernels import fuse_adapters, scatter_apply, scatter_apply_batched, scatter_switch_batched
-from shira_kernels.dtypes import compute_dtype, index_dtype
+from shira_kernels.bits import as_bits
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype, index_dtype
 
 Key = tuple[torch.dtype, torch.device]  # what weights of one arena have in common
 Mix = tuple[tuple[str, float], ...]  # a target of `switch`: strengths by name; () is the base
@@ -194,6 +195,11 @@ def mixed(base: torch.Tensor, shares: list[Share], strengths: dict[str, float]) 
 
     base: the base's entries of the merged arena. A single adapter's values at strength 1 are copied as they are.
     """
+    if base.dtype not in ARITHMETIC:  # such entries are of one adapter, at strength 1
+        bits = as_bits(base).clone()
+        for share in shares:
+            bits.index_copy_(0, share.positions.long(), as_bits(share.piece.values))
+        return bits.view(base.dtype)
     old = base.to(compute_dtype(base.dtype))
     delta = mixed_delta(old, shares, strengths)
     result = (old + delta).to(base.dtype)
@@ -221,12 +227,13 @@ def mixed_delta(old: torch.Tensor, shares: list[Share], strengths: Mapping[str, 
 
 def base_entries(weight: torch.Tensor, indices: torch.Tensor, kept: Kept) -> torch.Tensor:
     """Gives the base's entries at `indices`, whatever the weight holds now."""
-    entries = weight.detach().view(-1).index_select(0, indices)  # twice as fast as [indices]
+    entries = as_bits(weight.detach()).index_select(0, indices)  # twice as fast as [indices]
     if weight in kept and kept[weight][0].numel():
         changed, old = kept[weight]
         place = torch.searchsorted(changed, indices.to(changed.dtype)).clamp_(max=changed.numel() - 1)
-        entries = torch.where(changed[place] == indices, old[place], entries)  # unlike a mask, no wait for a GPU
-    return entries
+        # Unlike a mask, `where` does not wait for a GPU.
+        entries = torch.where(changed[place] == indices, as_bits(old)[place], entries)
+    return entries.view(weight.dtype)
 
 
 def offsets_of(counts: Sequence[int]) -> torch.Tensor:

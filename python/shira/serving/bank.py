@@ -8,6 +8,7 @@ inside `using` (callers).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from torch import nn
 
 from shira.adapter.adapter import Adapter
 from shira.model.interrupts import interrupts_held, no_autocast
-from shira.model.names import resolve
+from shira.model.names import resolve_state, state_buffers
 from shira.serving.arena import Mix
 from shira.serving.batch import Batch, Batches, check_options, is_int
 from shira.serving.callers import Callers, Using, current_caller
@@ -28,6 +29,7 @@ from shira.serving.registry import Registry, as_given, check_whole
 from shira.serving.rows import Layout
 from shira.serving.staging import Staging, Streams
 from shira.serving.switching import Switching
+from shira_kernels.dtypes import ARITHMETIC
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,25 @@ class ResidentAdapters:
 
     The weights' addresses never change, so compiled code and captured graphs stay valid; and the entries that an
     adapter replaces are kept, so `switch(None)` gives the base back bit for bit after any sequence. A switch happens
-    whole or not at all: after an error or an interrupt the weights are as before it. The model's parameters, their
-    dtypes and devices must stay those that were there when an adapter was added.
+    whole or not at all: after an error or an interrupt the weights are as before it. The model's parameters and
+    buffers, their dtypes and devices must stay those that were there when an adapter was added.
+
+    Entries of float64, float32, bfloat16 and float16 can be scaled and mixed. Those of other dtypes (float8, integers,
+    bool) are replaced: at strength 1, by one adapter of a mix.
 
     `batch` leaves the weights alone and gives each row of a batch its own adapter, unfused; see docs/unfused.md.
 
     Several threads may call a bank; their calls wait for each other. While a thread or an asyncio task is inside
     `using` or `batch`, switches and batches of others are refused. The bank does not know when the model runs: a
     forward during a switch may see part of it. Nor does it know who else writes the weights: load or train them after
-    `switch(None)`.
+    `switch(None)`. A buffer that forwards write, such as BatchNorm's statistics in training, is written by others too.
 
     A tied weight (one parameter under several names) is one tensor, under any of its names. A parameter that shares
     memory with another one, without being the same, is refused.
 
     Args:
-        model: any module. Names of its parameters are those of its state dict; PEFT's prefixes are understood.
+        model: any module. Names of its parameters and buffers are those of its state dict; PEFT's prefixes are
+            understood.
         device_budget: bytes that unfused adapters may take on the model's devices. Adapters then live in host memory
             and are brought in when a batch needs them; the least recently used makes room. None: all stay there.
 
@@ -180,7 +186,8 @@ class ResidentAdapters:
             adapter = Adapter.load(adapter, base=_BaseWeights(self._model, self._base_weight))
         if check_finite:
             for tensor_name, tensor in adapter.items():
-                if not bool(tensor.values.isfinite().all()):
+                values = tensor.values if tensor.dtype in ARITHMETIC else tensor.values.float()  # for float8's sake
+                if not bool(values.isfinite().all()):
                     raise ValueError(f"{tensor_name}: values are not finite")
         with self._lock:
             self._registry.check_free(name)
@@ -234,7 +241,8 @@ class ResidentAdapters:
                 values. The merged entries of a mix are kept while it is active: other strengths need no merge.
 
         Raises:
-            ValueError: a name is unknown or a strength not finite.
+            ValueError: a name is unknown or a strength not finite; a tensor whose entries can only be replaced would be
+                scaled or mixed.
             RuntimeError: entries of a weight are attached for training, or written by another bank; another thread or
                 task is inside `using`; a parameter of the model was replaced by another one.
 
@@ -285,9 +293,9 @@ class ResidentAdapters:
 
         Raises:
             ValueError: `names` is no list or empty, a name is unknown or a strength not finite, an adapter changes
-                something else than weights of nn.Linear and Conv1D of transformers, or the adapters of the batch take
-                more than `device_budget`. In the block: a layer gets an input that has not the batch's rows
-                where `rows` says, and the targets differ.
+                something else than float64, float32, bfloat16 or float16 weights of nn.Linear and Conv1D of
+                transformers, or the adapters of the batch take more than `device_budget`. In the block: a layer gets an
+                input that has not the batch's rows where `rows` says, and the targets differ.
             RuntimeError: an adapter is active; a batch is open, or another thread or task is inside `using`; another
                 bank or `attach` changes the weights; a parameter of the model was moved, or replaced by another one;
                 CUDA graphs read the pages, and the batch has no room there; a graph is being captured.
@@ -358,14 +366,14 @@ class ResidentAdapters:
     @torch.no_grad()
     def _base_weight(self, name: str) -> torch.Tensor:
         """Gives a copy of a weight as it is without any adapter."""
-        weight = resolve(self._model, name)
+        weight = resolve_state(self._model, name)
         with self._lock:
             self._follow()
             return self._switching.base_weight(weight)
 
 
 class _BaseWeights(Mapping[str, torch.Tensor]):
-    """The base of a bank's model: the weights by name, each copied when it is asked for."""
+    """The base of a bank's model: the weights and buffers by name, each copied when it is asked for."""
 
     def __init__(self, model: nn.Module, read: Callable[[str], torch.Tensor]) -> None:
         self._model = model
@@ -375,7 +383,8 @@ class _BaseWeights(Mapping[str, torch.Tensor]):
         return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._model.named_parameters(remove_duplicate=False))
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        return (name for name, _ in itertools.chain(parameters, state_buffers(self._model)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -83,11 +83,15 @@ def is_transposed(module: nn.Module) -> bool | None:
 
 
 def obstacle(weight: torch.Tensor, users: Users, skipped: set[nn.Module]) -> str | None:
-    """Gives why a batch cannot add a delta of this parameter, or None if it can. skipped: what `bypassed` gave."""
+    """Gives why a batch cannot add a delta of this weight, or None if it can. skipped: what `bypassed` gave."""
+    if weight not in users:
+        return "it is a buffer"
+    if weight.dtype not in ARITHMETIC:
+        return f"it is {weight.dtype}, whose entries can be replaced, not added to"
     directions = set()
     for name, module, role in users[weight]:
         directions.add(is_transposed(module))
-        if None in directions or role != "weight" or weight.dtype not in ARITHMETIC:
+        if None in directions or role != "weight":
             return f"it is the {role} ({weight.dtype}) of {name!r}, a {type(module).__name__}"
         if module in skipped:
             return f"the module around {name!r} reads it without calling the layer"

@@ -13,20 +13,23 @@ from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits
 from shira.adapter.checksum import checksum_of
 from shira.adapter.fusion import checked_strength
+from shira.adapter.tensor import check_strengths
 from shira.model.claims import check_claim, claim
 from shira.model.modules import sharded
-from shira.model.names import first_names, resolve
+from shira.model.names import resolve_state, state_names
 from shira.serving.arena import Arena, Kept, Key, Mix, Piece, Pieces, base_entries, offsets_of
-from shira_kernels.dtypes import index_dtype
+from shira_kernels.bits import as_bits, joined
+from shira_kernels.dtypes import ARITHMETIC, index_dtype
 
-Home = tuple[nn.Module, str, Key]  # the module of a weight, what it calls it, and what the weight was
+# Where the model has a weight (of a parameter the first place): the module, and what it calls it; and what it was.
+Home = tuple[list[tuple[nn.Module, str]], Key]
 
 
 class Registry:
-    """The adapters that are there, by name, and the parameters of the model that they change.
+    """The adapters that are there, by name, and the parameters and buffers of the model that they change.
 
     Args:
-        model: the one whose parameters adapters name.
+        model: the one whose state dict adapters name.
         owner: the bank that claims weights. It is held weakly: a weight keeps the bank whose entries it holds, but a
             bank that is forgotten must be freed at once, with its adapters.
 
@@ -80,7 +83,8 @@ class Registry:
     def mix_of(self, target: str | Mapping[str, float] | None, caller: str = "switch") -> Mix:
         """Gives a target as a mix, in the given order.
 
-        Raises ValueError if it is none, names an adapter that is not there, or a strength is not a finite number.
+        Raises ValueError if it is none, names an adapter that is not there, or a strength is not a finite number; or if
+        it would scale or mix a tensor whose entries can only be replaced.
         """
         if target is None:
             return ()
@@ -93,9 +97,24 @@ class Registry:
         if not strengths:
             raise ValueError("a mix must name at least one adapter; the base is None")
         self.check_names(strengths)
-        return tuple(
+        mix = tuple(
             (name, checked_strength(f"the strength of {name!r}", strength)) for name, strength in strengths.items()
         )
+        self._check_strengths(mix)
+        return mix
+
+    def _check_strengths(self, mix: Mix) -> None:
+        """Raises ValueError if a mix would scale or mix a tensor whose entries can only be replaced."""
+        uses: dict[torch.Tensor, list[tuple[str, float]]] = {}
+        names: dict[torch.Tensor, str] = {}
+        for name, strength in mix:
+            pieces = self._adapters[name]
+            for piece in (piece for key in pieces if key[0] not in ARITHMETIC for piece in pieces[key]):
+                for tensor_name, weight in zip(piece.names, piece.arena.weights, strict=True):
+                    uses.setdefault(weight, []).append((repr(name), strength))
+                    names[weight] = tensor_name
+        for weight, adapters in uses.items():
+            check_strengths(names[weight], weight.dtype, adapters)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises ValueError for a name that no adapter has."""
@@ -112,17 +131,20 @@ class Registry:
         """Checks an adapter's tensors and lays them out in as few pieces as can be. Nothing is changed.
 
         Args:
-            adapter: its tensors may have any of the names that the model's parameters have.
+            adapter: its tensors may have any of the names that the model's parameters and buffers have.
             kept: the base's entries that the weights do not hold now.
             force: take it also if it was made for another base.
             on_host: lay it out in host memory, pinned for weights on a GPU.
 
         Raises ValueError and RuntimeError as `ResidentAdapters.add` and `ResidentAdapters.switch` do.
         """
-        first: dict[torch.Tensor, str] = first_names(self.model)
+        self._put_back_buffers(self.homes)
+        first = state_names(self.model)
         rank = {weight: i for i, weight in enumerate(first)}
         names = self._names_by_weight(adapter, first)
-        _check_memory(first, names)
+        # A buffer that no adapter changes may be a view of a weight: it follows the weight, there and back.
+        changeable = {w: n for w, n in first.items() if isinstance(w, nn.Parameter) or w in names or w in self.homes}
+        _check_memory(changeable, names)
         self.check_weights(weight for weight in names if weight in self.homes)
 
         checksums: dict[torch.Tensor, str] = {}
@@ -153,7 +175,7 @@ class Registry:
                 [names[weight] for weight in weights],
                 [checksums[weight] for weight in weights],
                 entries if additive else entries.in_runs(),
-                torch.cat([tensor.values for tensor in tensors]).to(home),
+                joined(tensor.values for tensor in tensors).to(home),
                 additive,
             )
             pieces.setdefault(key, []).append(piece if home == key[1] else piece.pinned())
@@ -163,7 +185,7 @@ class Registry:
         """Gives the adapter's name of each weight that it changes, all of which it may change."""
         names: dict[torch.Tensor, str] = {}
         for name, tensor in adapter.items():
-            weight = resolve(self.model, name)
+            weight = resolve_state(self.model, name)
             check_whole(name, weight)
             check_fits(name, tensor, weight)
             check_claim(name, weight, self._owner())
@@ -175,10 +197,13 @@ class Registry:
     def add(self, name: str, pieces: Pieces) -> None:
         """Keeps what `prepare` gave, and notes where its weights are."""
         keys = {weight: key for key, group in pieces.items() for piece in group for weight in piece.arena.weights}
+        places: dict[torch.Tensor, list[tuple[nn.Module, str]]] = {w: [] for w in keys if w not in self.homes}
         for module in self.model.modules():
-            for attribute, parameter in module._parameters.items():
-                if parameter in keys:
-                    self.homes.setdefault(parameter, (module, attribute, keys[parameter]))
+            for attribute, weight in itertools.chain(module._parameters.items(), module._buffers.items()):
+                if weight is not None and weight in places:
+                    places[weight].append((module, attribute))
+        for weight, found in places.items():
+            self.homes[weight] = (found[:1] if isinstance(weight, nn.Parameter) else found, keys[weight])
         self.gpus.update(device for _, device in pieces if device.type == "cuda")
         self._adapters[name] = pieces
 
@@ -192,21 +217,36 @@ class Registry:
         self.homes = {weight: home for weight, home in self.homes.items() if weight in kept}
 
     def check_weights(self, weights: Iterable[torch.Tensor]) -> None:
-        """Raises RuntimeError if one of them is not the model's parameter any more, is of another dtype or on another
-        device than when its first adapter came, or is being changed by others."""
-        owner = self._owner()
+        """Raises RuntimeError if one of them is not the model's any more, is of another dtype or on another device than
+        when its first adapter came, or is being changed by others."""
+        owner, weights = self._owner(), list(weights)
+        self._put_back_buffers(weights)
         for weight in weights:
-            module, attribute, key = self.homes[weight]
-            if module._parameters.get(attribute) is not weight:
-                raise RuntimeError(
-                    f"the {attribute} of a {type(module).__name__} was replaced since an adapter was added"
-                )
-            if (weight.dtype, weight.device) != key:
-                raise RuntimeError(
-                    f"the {attribute} of a {type(module).__name__} was {key[0]} on {key[1]} when an adapter was added, "
-                    f"and is {weight.dtype} on {weight.device}: move it back, or remove its adapters and add them again"
-                )
+            places, key = self.homes[weight]
+            for module, attribute in places:
+                held = _held(module, attribute)
+                now = weight if held is None or isinstance(weight, nn.Parameter) else held
+                if (now.dtype, now.device) != key:
+                    raise RuntimeError(
+                        f"the {attribute} of a {type(module).__name__} was {key[0]} on {key[1]} when an adapter was "
+                        f"added, and is {now.dtype} on {now.device}: move it back, or remove its adapters and add them "
+                        "again"
+                    )
+                if held is not weight:
+                    raise RuntimeError(
+                        f"the {attribute} of a {type(module).__name__} was replaced since an adapter was added"
+                    )
             check_claim("switch", weight, owner)
+
+    def _put_back_buffers(self, weights: Iterable[torch.Tensor]) -> None:
+        """Gives the model its own buffers again where it has copies of them: `model.to` makes new ones, also back."""
+        for weight in weights:
+            if isinstance(weight, nn.Parameter):
+                continue
+            for module, attribute in self.homes[weight][0]:
+                held = _held(module, attribute)
+                if held is not None and held is not weight and _same_bits(held, weight):
+                    module._buffers[attribute] = weight
 
     def claim(self, weights: Iterable[torch.Tensor]) -> None:
         """Notes that the bank changes the weights, which then keep the bank; `claims.claim(weight, None)` ends it."""
@@ -242,8 +282,8 @@ def check_whole(name: str, weight: torch.Tensor) -> None:
 
 
 def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.Tensor]) -> None:
-    """Refuses with ValueError a weight to be changed that shares memory with another parameter, whose base would change
-    with it."""
+    """Refuses with ValueError a weight to be changed that shares memory with another one of `first`, whose base would
+    change with it."""
     reach, reaching = 0, None
     for weight in sorted((w for w in first if w.numel() and not w.is_meta), key=torch.Tensor.data_ptr):
         if reaching is not None and weight.data_ptr() < reach and (weight in changed or reaching in changed):
@@ -252,6 +292,16 @@ def _check_memory(first: Mapping[torch.Tensor, str], changed: Collection[torch.T
         end = weight.data_ptr() + (last + 1) * weight.element_size()
         if end > reach:
             reach, reaching = end, weight
+
+
+def _held(module: nn.Module, attribute: str) -> torch.Tensor | None:
+    """The parameter or buffer that a module has under a name."""
+    return module._parameters.get(attribute, module._buffers.get(attribute))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = all(getattr(one, field) == getattr(other, field) for field in ("layout", "dtype", "device", "shape"))
+    return alike and one.is_contiguous() and torch.equal(as_bits(one.detach()), as_bits(other.detach()))
 
 
 def _each(pieces: Pieces) -> Iterator[Piece]:

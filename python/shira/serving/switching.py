@@ -14,6 +14,7 @@ from shira.serving.arena import Arena, Kept, Key, Mix, Plan, Share, Write, Writt
 from shira.serving.registry import Registry, as_given
 from shira.serving.staging import Staging
 from shira_kernels import scatter_apply
+from shira_kernels.bits import as_bits, joined
 
 
 class Switching:
@@ -130,9 +131,9 @@ class Switching:
             return written.saved
         share = next((share for share in shares if written is not None and share.piece.arena is written.arena), None)
         kept = {} if share is not None else self.kept()
-        base = torch.cat([base_entries(weight, merged.indices[part], kept) for weight, part in merged.parts])
+        base = joined(base_entries(weight, merged.indices[part], kept) for weight, part in merged.parts)
         if share is not None and written is not None:
-            base[share.positions] = written.saved
+            as_bits(base)[share.positions] = as_bits(written.saved)
         return base
 
     def _write(self, writes: dict[Key, Write]) -> None:

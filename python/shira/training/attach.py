@@ -17,7 +17,7 @@ from torch import nn
 from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits, entries_of
 from shira.adapter.checksum import checksum_of
-from shira.adapter.tensor import DTYPES, AdapterTensor
+from shira.adapter.tensor import AdapterTensor
 from shira.masks.calibrate import Loss, calibrate
 from shira.masks.choose import choose_entries
 from shira.masks.config import ShiraConfig
@@ -29,7 +29,7 @@ from shira.training.layers import Attached, make_attached, mixin_of, restore_cla
 from shira.training.matching import is_saved, matched_weights, modules_to_save, weights_of
 from shira.training.trained import TrainedWeight
 from shira.training.vectors import in_arenas
-from shira_kernels.dtypes import compute_dtype
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 
 Match = Callable[[nn.Module, ShiraConfig], list[nn.Parameter]]
 Becomes = Callable[[str, nn.Module, str], type[Attached]]
@@ -277,7 +277,7 @@ def _mixins(
 def _check_weight(name: str, weight: nn.Parameter) -> None:
     if weight.is_meta or nn.parameter.is_lazy(weight):
         raise ValueError(f"{name}: the weight holds no data (meta device, or not initialized)")
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in ARITHMETIC:
         raise ValueError(f"{name}: the weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
     if reason := sharded(weight):
         raise ValueError(f"{name}: {reason}: attach takes the whole model, as it is before fully_shard")
