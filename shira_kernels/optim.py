@@ -26,8 +26,9 @@ class SparseTarget(Protocol):
     weight: the live weight, contiguous, requires_grad False. indices: [nnz] int32 or int64, flat, sorted, unique.
     base: [nnz], the weight's original entries. `values` are float32 (float64 for a float64 weight).
 
-    It may also have `values_arena` and `indices_arena`: one-dimensional tensors in whose memory its values and indices
-    lie beside those of other targets, though each may have a storage of its own.
+    It may also have `plain`, a tensor with the values' memory and version counter, where the parameter is a subclass
+    that is slow to ask; and `values_arena` and `indices_arena`, one-dimensional tensors in whose memory its values and
+    indices lie beside those of other targets, though each may have a storage of its own.
     """
 
     @property
@@ -45,7 +46,7 @@ class SparseTarget(Protocol):
 class _Part:
     """What one step of masked_adamw takes of one parameter."""
 
-    parameter: torch.Tensor
+    parameter: torch.Tensor  # or a plain tensor of its memory
     target: SparseTarget | None  # None for a dense parameter with listed entries
     weight: torch.Tensor
     indices: torch.Tensor
@@ -144,7 +145,7 @@ class ShiraAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
+                if (grad := p.grad) is not None and grad.layout != torch.strided:
                     raise RuntimeError("ShiraAdamW does not take sparse gradients")
         for group in self.param_groups:
             self._step_group(group)
@@ -155,7 +156,7 @@ class ShiraAdamW(torch.optim.Optimizer):
         listed: dict[Any, list[_Part]] = {}
         ordinary: list[torch.Tensor] = []
         for p in group["params"]:
-            if p.grad is None:
+            if (grad := p.grad) is None:
                 continue
             state, target = self.state[p], getattr(p, "shira_target", None)
             if "indices" in state:
@@ -163,14 +164,13 @@ class ShiraAdamW(torch.optim.Optimizer):
                     state["indices"] = state["indices"].to(p.device)
                 if group["decay"] == "deltas" and "step" in state and "base" not in state:
                     raise RuntimeError("decay='deltas' must be chosen before the first step: the base is gone")
-                grad = p.grad
                 if group["maximize"]:
                     grad = grad.reshape(-1)[state["indices"]].neg_()
                 part = _Part(p, None, p, state["indices"], grad.contiguous(), state)
                 kind = listed
             elif target is not None:
-                grad = p.grad.neg() if group["maximize"] else p.grad.contiguous()
-                part = _Part(p, target, target.weight, target.indices, grad, state)
+                grad = grad.neg() if group["maximize"] else grad.contiguous()
+                part = _Part(getattr(target, "plain", p), target, target.weight, target.indices, grad, state)
                 kind = vectors
             else:
                 ordinary.append(p)

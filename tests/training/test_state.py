@@ -182,6 +182,36 @@ def test_other_buffers_travel_or_are_named() -> None:
     assert_state(model, base)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("attach", ATTACH)
+def test_states_of_quantisation_are_kept_or_named(attach: Callable) -> None:
+    qat = pytest.importorskip("torch.ao.nn.qat", reason="this torch has no training for quantisation")
+    quantization = pytest.importorskip("torch.ao.quantization", reason="this torch has no training for quantisation")
+    weight = quantization.FakeQuantize.with_args(
+        observer=quantization.MovingAverageMinMaxObserver, quant_min=-128, quant_max=127, dtype=torch.qint8
+    )
+    config = quantization.QConfig(activation=weight, weight=weight)
+    torch.manual_seed(0)
+    model = nn.Sequential(qat.Linear(6, 8, qconfig=config), config.activation())
+    base = state(model)
+    handle = attach(model, shira.ShiraConfig(["0"], density=0.5))
+    train(model, handle, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapter = handle.adapter()
+    names = {name.rpartition(".")[2] for name in adapter}
+    named = {str(warning.message).partition(":")[0].rpartition(".")[2] for warning in caught}
+    assert {"weight", "scale"} <= names
+    moved = {
+        name.rpartition(".")[2]
+        for name, tensor in base.items()
+        if tensor.shape != model.state_dict()[name].shape or not torch.equal(tensor, model.state_dict()[name])
+    }
+    assert moved == names | named
+    handle.detach()
+    assert_state(model, base)
+
+
 def test_an_adapter_of_other_statistics_is_refused() -> None:
     model = normed()
     handle = shira.attach(model, CONFIG)

@@ -50,7 +50,8 @@ class TrainedWeight:
         self._wants_csr = False
         self._listed: tuple[int, int] | None = None  # address and version of the indices that `csr` was made of
         self._slices = slices
-        self._marker: tuple[int, int] | None = None  # address and version of the values that the weight holds
+        # The values that the weight holds: the parameter, its plain tensor, and the version.
+        self._marker: tuple[nn.Parameter | None, torch.Tensor, int] | None = None
         self._was_told = False  # by `wrote`, since the last step
         self._used = False  # in a graph that can give a gradient, since the values were written
         self._steps_are_seen = False  # an optimizer that calls step hooks has them
@@ -87,6 +88,13 @@ class TrainedWeight:
         return base
 
     @property
+    def plain(self) -> torch.Tensor:
+        """The values without a gradient, in their memory and with their version counter: a plain tensor, which answers
+        faster than a subclass such as `Values` does."""
+        marker, values = self._marker, self.owner._parameters[self.values_name]
+        return marker[1] if marker is not None and marker[0] is values else self.values.detach()
+
+    @property
     def values_arena(self) -> torch.Tensor:
         """Where the values lie beside those of other weights."""
         return self._slices[0].arena.data
@@ -98,17 +106,19 @@ class TrainedWeight:
 
     def wrote(self, values: torch.Tensor) -> None:
         """Notes that the weight holds these values already."""
-        self._note(values)
+        self._note()
         self._was_told = True
+
+    def given_memory(self) -> None:
+        """Notes that the values lie in memory that came from outside, which others may write unseen."""
+        self._marker, self.foreign = None, True
 
     def write_back(self, always_compare: bool = False) -> None:
         """Writes the values into the weight if they changed since the last time."""
-        values = self.values
-        changed = (values.data_ptr(), values._version) != self._marker
         # Some loops write through raw pointers and leave the version as it is, and have no optimizer whose steps are
         # seen. They cannot have stepped without a gradient, so values are compared after their use.
         compare = always_compare or self.foreign or (self._used and not self._steps_are_seen)
-        if changed or (compare and self._differs()):
+        if self._changed() or (compare and self._differs()):
             self.write()
 
     @torch.no_grad()
@@ -120,7 +130,8 @@ class TrainedWeight:
             self.bind()
         elif self._wants_csr:
             self.want_csr()
-        self._note(values)
+        self._marker = None
+        self._note()
 
     def note_use(self) -> None:
         """Notes that the values take part in a graph."""
@@ -128,9 +139,8 @@ class TrainedWeight:
 
     def after_step(self) -> None:
         """Does what a step of an optimizer that has the values asks for."""
-        values = self.values
-        changed = (values.data_ptr(), values._version) != self._marker
-        if changed or (values.grad is not None and not self._was_told):  # without a new version: see write_back
+        # Without a new version: see write_back.
+        if self._changed() or (not self._was_told and self.values.grad is not None):
             self.write()
         self._steps_are_seen, self._was_told = True, False
 
@@ -172,7 +182,7 @@ class TrainedWeight:
         place(self.values, values.taken_in(self.values.detach()))
         self.owner._buffers[self.indices_name] = indices.taken_in(self.indices)
         self.owner._buffers[self.base_name] = base.taken_in(self.base)
-        self.foreign = False
+        self._marker, self.foreign = None, False
         self.bind()
 
     def refusal(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> str | None:
@@ -239,8 +249,17 @@ class TrainedWeight:
             self._listed = self.indices.data_ptr(), self.indices._version
         self._marker = None
 
-    def _note(self, values: torch.Tensor) -> None:
-        self._marker, self._used = (values.data_ptr(), values._version), False
+    def _note(self) -> None:
+        values, plain = self.owner._parameters[self.values_name], self.plain
+        self._marker, self._used = (values, plain, plain._version), False
+
+    def _changed(self) -> bool:
+        marker = self._marker
+        return (
+            marker is None
+            or marker[0] is not self.owner._parameters[self.values_name]
+            or marker[1]._version != marker[2]
+        )
 
     @torch.no_grad()
     def _differs(self) -> bool:

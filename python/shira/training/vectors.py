@@ -32,7 +32,7 @@ class Values(nn.Parameter):
         place(self, memory)
         target = getattr(self, "shira_target", None)
         if target is not None:
-            target.foreign = True
+            target.given_memory()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Without `shira_target`, which would take the layer along.
