@@ -176,6 +176,9 @@ def attach(
     Warns:
         ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
 
+    Floating-point buffers of the state dict, such as BatchNorm's running statistics, are copied, for training may move
+    them: `Handle.adapter` has what it moved, and `Handle.detach` gives the old ones back.
+
     Several processes can train together (DistributedDataParallel), several threads (nn.DataParallel) not.
 
     A weight that is also read without calling its layer, as in F.linear(x, embedding.weight), gets the gradient of the

@@ -163,8 +163,8 @@ class TrainedWeight:
     def loaded_by(self, module: nn.Module, role: str) -> None:
         """Takes up what a module with this weight has just loaded."""
         own, weight = module._parameters[role], self.owner._parameters[self.role]
-        if own is not None and own is not weight:  # by load_state_dict(assign=True), which unties shared weights
-            self.weight.copy_(own)
+        if own is not None and weight is not None and own is not weight:  # load_state_dict(assign=True) unties them
+            weight.copy_(own)
             module._parameters[role] = weight
         self.bind()
         self.write()
