@@ -212,6 +212,20 @@ def test_states_of_quantisation_are_kept_or_named(attach: Callable) -> None:
     assert_state(model, base)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_statistics_of_scripted_modules_are_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), torch.jit.script(nn.BatchNorm1d(8)))
+    base = state(model)
+    with pytest.warns(
+        shira.ShiraWarning, match=r"1\.running_mean, 1\.running_var: buffers of scripted modules"
+    ) as caught:
+        handle = shira.attach(model, shira.ShiraConfig(["0"], density=0.5))
+    assert caught[0].filename == __file__
+    assert list(handle.adapter()) == ["0.weight"]
+    handle.detach()
+    assert_state(model, base)
+
+
 def test_an_adapter_of_other_statistics_is_refused() -> None:
     model = normed()
     handle = shira.attach(model, CONFIG)

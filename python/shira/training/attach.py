@@ -25,7 +25,7 @@ from shira.masks.config import ShiraConfig
 from shira.model.claims import check_claim
 from shira.model.modules import Users, sharded, users_of
 from shira.model.names import first_names
-from shira.training.buffers import TrainedBuffer, moved_by, trained_buffers
+from shira.training.buffers import TrainedBuffer, moved_by, trained_buffers, warn_of_scripted
 from shira.training.distributed import ignore_in_ddp, reduce_again_in_ddp
 from shira.training.layers import Attached, make_attached, mixin_of, restore_classes
 from shira.training.matching import is_saved, matched_weights, modules_to_save, weights_of
@@ -174,7 +174,8 @@ def attach(
             is on.
 
     Warns:
-        ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
+        ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights; or a
+            scripted module has floating-point buffers.
 
     Floating-point buffers of the state dict, such as BatchNorm's running statistics, are copied, for training may move
     them: `Handle.adapter` has what it moved, and `Handle.detach` gives the old ones back.
@@ -254,6 +255,7 @@ def attach_with(
     for buffer in buffers:
         if buffer.now is not None:
             check_claim(buffer.name, buffer.now, "attach")
+    warn_of_scripted(model)
 
     # Nothing was changed so far.
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}

@@ -109,6 +109,8 @@ def trained_buffers(model: nn.Module, saved: Sequence[str]) -> list[TrainedBuffe
     """
     found, seen = [], set[int]()
     for prefix, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # which takes no further buffer
         for role, buffer in module._buffers.items():
             own = f"{prefix}.{role}" if prefix else role
             if buffer is None or role in module._non_persistent_buffers_set or is_saved(own, saved):
@@ -119,6 +121,23 @@ def trained_buffers(model: nn.Module, saved: Sequence[str]) -> list[TrainedBuffe
                 seen.add(id(buffer))
                 found.append(TrainedBuffer(canonical(own), module, role))
     return found
+
+
+def warn_of_scripted(model: nn.Module) -> None:
+    """Warns of floating-point buffers in scripted modules, which cannot be kept."""
+    names = [
+        canonical(f"{prefix}.{role}")
+        for prefix, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule)
+        for role, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype in ARITHMETIC
+    ]
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warn(
+            f"{shown}: buffers of scripted modules are not kept. What training moves of them is not in the adapter, "
+            "and detach leaves it: set these modules to eval()"
+        )
 
 
 def moved_by(
