@@ -25,6 +25,10 @@ class SparseTarget(Protocol):
 
     weight: the live weight, contiguous, requires_grad False. indices: [nnz] int32 or int64, flat, sorted, unique.
     base: [nnz], the weight's original entries. `values` are float32 (float64 for a float64 weight).
+
+    It may also have `plain`, a tensor with the values' memory and version counter, where the parameter is a subclass
+    that is slow to ask; and `values_arena` and `indices_arena`, one-dimensional tensors in whose memory its values and
+    indices lie beside those of other targets, though each may have a storage of its own.
     """
 
     @property
@@ -42,7 +46,7 @@ class SparseTarget(Protocol):
 class _Part:
     """What one step of masked_adamw takes of one parameter."""
 
-    parameter: torch.Tensor
+    parameter: torch.Tensor  # or a plain tensor of its memory
     target: SparseTarget | None  # None for a dense parameter with listed entries
     weight: torch.Tensor
     indices: torch.Tensor
@@ -141,7 +145,7 @@ class ShiraAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
+                if (grad := p.grad) is not None and grad.layout != torch.strided:
                     raise RuntimeError("ShiraAdamW does not take sparse gradients")
         for group in self.param_groups:
             self._step_group(group)
@@ -152,7 +156,7 @@ class ShiraAdamW(torch.optim.Optimizer):
         listed: dict[Any, list[_Part]] = {}
         ordinary: list[torch.Tensor] = []
         for p in group["params"]:
-            if p.grad is None:
+            if (grad := p.grad) is None:
                 continue
             state, target = self.state[p], getattr(p, "shira_target", None)
             if "indices" in state:
@@ -160,14 +164,13 @@ class ShiraAdamW(torch.optim.Optimizer):
                     state["indices"] = state["indices"].to(p.device)
                 if group["decay"] == "deltas" and "step" in state and "base" not in state:
                     raise RuntimeError("decay='deltas' must be chosen before the first step: the base is gone")
-                grad = p.grad
                 if group["maximize"]:
                     grad = grad.reshape(-1)[state["indices"]].neg_()
                 part = _Part(p, None, p, state["indices"], grad.contiguous(), state)
                 kind = listed
             elif target is not None:
-                grad = p.grad.neg() if group["maximize"] else p.grad.contiguous()
-                part = _Part(p, target, target.weight, target.indices, grad, state)
+                grad = grad.neg() if group["maximize"] else grad.contiguous()
+                part = _Part(getattr(target, "plain", p), target, target.weight, target.indices, grad, state)
                 kind = vectors
             else:
                 ordinary.append(p)
@@ -189,7 +192,7 @@ class ShiraAdamW(torch.optim.Optimizer):
             for part in run:
                 assert part.target is not None
                 part.parameter.lerp_(part.target.base.to(part.parameter.dtype), group["lr"] * group["weight_decay"])
-        values = _joined([part.parameter for part in run])
+        values = _joined_values(run)
         assert values is not None
         self._masked_adamw(run, values, group)
         torch.autograd.graph.increment_version([part.parameter for part in run])
@@ -217,7 +220,7 @@ class ShiraAdamW(torch.optim.Optimizer):
         steps = [part.state["step"] for part in run]
         masked_adamw(
             [part.weight for part in run],
-            torch.tensor(borders),
+            torch.tensor(borders, device="cpu"),
             _lists(run),
             [part.grad for part in run],
             _arena(run, "exp_avg"),
@@ -237,7 +240,7 @@ class ShiraAdamW(torch.optim.Optimizer):
             return
         for p in params:
             if not self.state[p]:
-                self.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32)}
+                self.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
                 self.state[p].update((name, torch.zeros_like(p)) for name in _MOMENTS)
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
@@ -386,7 +389,7 @@ def _start(parts: list[_Part], group: dict[str, Any]) -> None:
     dtype, device = compute_dtype(new[0].weight.dtype), new[0].weight.device
     sizes = [part.indices.numel() for part in new]
     for part in new:
-        part.state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        part.state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
     for name in _MOMENTS:
         moments = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
         for part, moment in zip(new, moments, strict=True):
@@ -403,20 +406,25 @@ def _start(parts: list[_Part], group: dict[str, Any]) -> None:
 def _runs(parts: list[_Part], adjacent: bool) -> list[list[_Part]]:
     """Cuts the parts where the number of steps differs or (`adjacent`) where parameters do not lie side by side."""
     steps = [part.state["step"].item() for part in parts]
-    if len(set(steps)) == 1 and not (adjacent and _joined([part.parameter for part in parts]) is None):
+    if len(set(steps)) == 1 and not (adjacent and _joined_values(parts) is None):
         return [parts]
     runs = [parts[:1]]
     for part, steps_differ in zip(parts[1:], map(ne, steps, steps[1:]), strict=True):
         # Vectors may be empty: the last one that is not says where the run ends.
-        last = next((p.parameter for p in reversed(runs[-1]) if p.parameter.numel()), part.parameter)
-        if steps_differ or (adjacent and _joined([last, part.parameter]) is None):
+        last = next((p for p in reversed(runs[-1]) if p.parameter.numel()), part)
+        if steps_differ or (adjacent and _joined_values([last, part]) is None):
             runs.append([])
         runs[-1].append(part)
     return runs
 
 
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-    """1-D tensors as one, without a copy; None unless each begins where the one before ends, in one storage."""
+def _joined_values(parts: list[_Part]) -> torch.Tensor | None:
+    return _joined([part.parameter for part in parts], getattr(parts[0].target, "values_arena", None))
+
+
+def _joined(tensors: list[torch.Tensor], arena: torch.Tensor | None = None) -> torch.Tensor | None:
+    """1-D tensors as one, without a copy; None unless each begins where the one before ends, in the memory of the arena
+    or of the first one's storage."""
     full = [tensor for tensor in tensors if tensor.numel()]
     if not full:
         return tensors[0].detach()
@@ -426,10 +434,14 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
         if tensor.data_ptr() != end or not tensor.is_contiguous():
             return None
         end += tensor.nbytes
-    storage = first.untyped_storage()
-    if end > storage.data_ptr() + storage.nbytes():
-        return None  # two allocations that happen to meet
-    return first.detach().as_strided(((end - begin) // first.element_size(),), (1,))
+    for memory in (first, arena):
+        if memory is None or memory.dtype != first.dtype:
+            continue
+        storage = memory.untyped_storage()
+        if storage.data_ptr() <= begin and end <= storage.data_ptr() + storage.nbytes():
+            size = first.element_size()
+            return memory.detach().as_strided(((end - begin) // size,), (1,), (begin - storage.data_ptr()) // size)
+    return None  # allocations that happen to meet
 
 
 def _lists(run: list[_Part]) -> torch.Tensor:
@@ -437,7 +449,7 @@ def _lists(run: list[_Part]) -> torch.Tensor:
     if run[0].target is None:
         return _arena(run, "indices")
     lists = [part.indices for part in run]
-    joined = _joined(lists)
+    joined = _joined(lists, getattr(run[0].target, "indices_arena", None))
     return torch.cat(lists) if joined is None else joined
 
 

@@ -50,7 +50,7 @@ def masked_adamw(
         m, v = exp_avg[part], exp_avg_sq[part]
 
         w = w * (1 - lr * weight_decay)
-        lerp = torch.tensor(1 - beta1, dtype=compute)
+        lerp = torch.tensor(1 - beta1, dtype=compute, device="cpu")
         # As torch.lerp, which starts from the nearer end.
         new_m = m + (g - m) * lerp if lerp < 0.5 else g + (g - m) * (lerp - 1)
         new_v = v * beta2 + g * (1 - beta2) * g

@@ -62,7 +62,7 @@ def table_of(rows: list[list[int]], offsets: tuple[torch.Tensor, ...]) -> torch.
     for cuts in offsets:
         if cuts.is_cpu:
             numbers += [*([0] * (len(numbers) % 2)), *cuts.tolist()]
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 @functools.lru_cache(maxsize=256)

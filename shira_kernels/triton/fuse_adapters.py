@@ -184,7 +184,7 @@ def rank_entries(positions: torch.Tensor, sizes: list[int], order: torch.Tensor)
         offsets.append(offsets[-1] + size)
         blocks.append(blocks[-1] + triton.cdiv(size, BLOCK))
     number = len(sizes)
-    (begins,) = on_device(positions.device, torch.tensor([*offsets, *blocks]), 1, 2 * (number + 1), ())
+    (begins,) = on_device(positions.device, torch.tensor([*offsets, *blocks], device="cpu"), 1, 2 * (number + 1), ())
     lists, parts = begins[: number + 1], begins[number + 1 :]
     cuts = order.new_empty(blocks[-1] * number)
     fuse_cut_kernel[(triton.cdiv(cuts.numel(), BLOCK),)](

@@ -283,7 +283,7 @@ def topk_narrow_kernel(
 
 @functools.cache
 def infinity_bits(dtype: torch.dtype) -> int:
-    infinity = torch.full((), torch.inf, dtype=dtype)
+    infinity = torch.full((), torch.inf, dtype=dtype, device="cpu")
     return int(as_bits(infinity))
 
 

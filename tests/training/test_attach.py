@@ -896,16 +896,19 @@ def test_all_linear_of_gpt2() -> None:
 
 
 def spans(tensors: list[torch.Tensor]) -> bool:
-    """Whether tensors lie one behind the other in one storage."""
+    """Whether tensors lie one behind the other, each with a storage of its own."""
     ends = [tensor.data_ptr() + tensor.numel() * tensor.element_size() for tensor in tensors]
-    one = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
-    return one and [tensor.data_ptr() for tensor in tensors[1:]] == ends[:-1]
+    own = all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+    return own and [tensor.data_ptr() for tensor in tensors[1:]] == ends[:-1]
 
 
 def assert_arenas(model: nn.Module, handle: shira.Handle) -> None:
     assert spans(list(handle.parameters()))
     for kind in ("shira_indices", "shira_base"):
         assert spans([buffer for name, buffer in model.named_buffers() if name.endswith(kind)])
+    targets = [values.shira_target for values in handle.parameters()]
+    assert len({target.values_arena.data_ptr() for target in targets}) == 1
+    assert len({target.indices_arena.data_ptr() for target in targets}) == 1
     for name, values in handle.named_parameters():
         layer = model.get_submodule(name.removesuffix(".shira_values"))
         target = values.shira_target

@@ -96,7 +96,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for got, expected in zip(values.parameters(), trained, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     assert sum(reduced) == len(X) * sum(part.numel() for part in trained)
-    assert sum(sent) == len(X) * sum(buffer.numel() for buffer in model.norm.buffers())
+    assert sum(sent) == len(X) * sum(buffer.numel() for buffer in network().norm.buffers())
     handle.detach()
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
 

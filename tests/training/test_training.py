@@ -104,6 +104,55 @@ def test_trainer_resumes_to_the_same_bits(
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
 
 
+def test_trainer_resumes_with_running_statistics_and_dropout(tmp_path: Path) -> None:
+    class Network(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config: transformers.PretrainedConfig) -> None:
+            super().__init__(config)
+            self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+            self.post_init()
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.layers(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": torch.randn(6), "labels": torch.tensor(i % 3)} for i in range(64)]
+
+    def run(folder: str, steps: int, resume: bool) -> tuple[nn.Module, shira.Handle]:
+        torch.manual_seed(7)
+        model = Network(transformers.PretrainedConfig())
+        handle = shira.attach(model, shira.ShiraConfig("all-linear", density=0.3))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            max_steps=6,
+            save_steps=2,
+            per_device_train_batch_size=8,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        optimizers = (shira.ShiraAdamW(handle.parameters(), lr=0.05), None)
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, optimizers=optimizers)
+
+        class Stop(transformers.TrainerCallback):
+            def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+                control.should_training_stop |= state.global_step == steps
+
+        trainer.add_callback(Stop())
+        trainer.train(resume_from_checkpoint=resume)
+        return model, handle
+
+    whole, _ = run("whole", 6, resume=False)
+    run("interrupted", 4, resume=False)
+    model, handle = run("interrupted", 6, resume=True)
+    assert_equal(dict(model.state_dict()), dict(whole.state_dict()))
+    assert "layers.1.running_mean" in handle.adapter()
+    handle.detach()
+    torch.manual_seed(7)
+    assert_equal(dict(model.state_dict()), dict(Network(transformers.PretrainedConfig()).state_dict()))
+
+
 def test_save_pretrained_writes_values_and_indices(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     for tied in (False, True):

@@ -124,7 +124,7 @@ def _read(file: BinaryIO, size: int, base: Base | None) -> Content:
     if not header.has_indices:
         chosen = recomputed(header.tensors, header.config, base)
         codes = {name: encode_indices(indices, header.tensors[name].numel) for name, indices in chosen.items()}
-    data = torch.empty(rest, dtype=torch.uint8)
+    data = torch.empty(rest, dtype=torch.uint8, device="cpu")
     _read_into(file, data.numpy().data)
     for name, found in header.tensors.items():
         if found.code is not None:

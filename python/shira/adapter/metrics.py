@@ -252,7 +252,7 @@ class _Matrix:
 def _matrix(tensor: AdapterTensor, columns: int) -> _Matrix:
     indices = tensor.indices.long()
     column, order = (indices % columns).sort(stable=True)
-    starts = torch.searchsorted(column, torch.arange(columns + 1))
+    starts = torch.searchsorted(column, torch.arange(columns + 1, device=column.device))
     return _Matrix((indices // columns)[order], starts, tensor.values.double()[order])
 
 
@@ -266,15 +266,20 @@ def _product(first: _Matrix, second: _Matrix, rows: int, columns: int) -> tuple[
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         transposed = torch.sparse_csr_tensor(
-            second.starts, second.row, second.values, (columns, rows), check_invariants=False
+            second.starts,
+            second.row,
+            second.values,
+            (columns, rows),
+            device=second.values.device,
+            check_invariants=False,
         )
     energy, nonzeros = 0.0, 0
     for left in range(0, columns, _BLOCK):
         width = min(_BLOCK, columns - left)
         counts = first.starts[left : left + width + 1].diff()
         here = slice(int(first.starts[left]), int(first.starts[left + width]))
-        block = torch.zeros(rows, width, dtype=torch.float64)
-        block[first.row[here], torch.arange(width).repeat_interleave(counts)] = first.values[here]
+        block = first.values.new_zeros(rows, width)
+        block[first.row[here], torch.arange(width, device=counts.device).repeat_interleave(counts)] = first.values[here]
         product = (transposed @ block).view(-1)
         energy += float(product.dot(product))
         nonzeros += int(product.count_nonzero())

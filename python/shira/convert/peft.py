@@ -131,12 +131,12 @@ def write_shira(adapter: Adapter, path: Path, base: Base | None, *, force: bool)
                 f"{label}: PEFT gives all layers r (rows + columns) entries, here with r = {rank}, and {tensor.shape} "
                 f"has fewer than {count}: the densest layers need another file"
             )
-        unused = torch.ones(tensor.numel, dtype=torch.bool)
+        unused = torch.ones(tensor.numel, dtype=torch.bool, device=indices.device)
         unused[indices.long()] = False
         filled, order = torch.cat([indices.long(), unused.nonzero().view(-1)[: count - tensor.nnz]]).sort()
         places = torch.stack([filled // tensor.shape[1], filled % tensor.shape[1]]).int()
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        padded = torch.cat([values.float(), torch.zeros(count - tensor.nnz)])
+        padded = torch.cat([values.float(), values.new_zeros(count - tensor.nnz, dtype=torch.float32)])
         arrays |= {f"{module}.shira_weight": padded[order], f"{module}.shira_indices": places.contiguous()}
     config = {
         "peft_type": "SHIRA",

@@ -12,7 +12,7 @@ from torch import nn
 from shira.masks.choose import Selection
 from shira.masks.config import ShiraConfig
 from shira.masks.ranking import needs_gradient
-from shira_kernels.dtypes import compute_dtype
+from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -202,5 +202,6 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module._buffers.update(own)
         with torch.no_grad():
             for buffer, version, content in buffers:
-                if buffer._version != version:
+                # BatchNorm moves its statistics without a new version.
+                if buffer._version != version or (buffer.dtype in ARITHMETIC and not torch.equal(buffer, content)):
                     buffer.copy_(content)

@@ -238,7 +238,7 @@ def base_entries(weight: torch.Tensor, indices: torch.Tensor, kept: Kept) -> tor
 
 def offsets_of(counts: Sequence[int]) -> torch.Tensor:
     """Gives [n + 1] int64 on the CPU: where each of n lists of `counts` entries begins, and where the last one ends."""
-    return torch.tensor([0, *itertools.accumulate(counts)])
+    return torch.tensor([0, *itertools.accumulate(counts)], device="cpu")
 
 
 def _union(arenas: list[Arena]) -> tuple[Arena, list[torch.Tensor]]:
@@ -276,7 +276,7 @@ def _fuse(lists: list[torch.Tensor], marks: list[int]) -> tuple[torch.Tensor, to
     values = [
         indices.new_full(indices.shape, mark, dtype=torch.bfloat16) for indices, mark in zip(lists, marks, strict=True)
     ]
-    return fuse_adapters(lists, values, torch.ones(len(lists), device=lists[0].device), "last")
+    return fuse_adapters(lists, values, torch.ones(len(lists), dtype=torch.float32, device=lists[0].device), "last")
 
 
 def _aligned(old: Arena, new: Arena) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:

@@ -335,7 +335,7 @@ class Pages:
 
 def sent(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Gives a tensor of the numbers on a device, without a wait for a GPU."""
-    tensor = torch.tensor(numbers, dtype=dtype)
+    tensor = torch.tensor(numbers, dtype=dtype, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -60,7 +60,7 @@ class Rows:
         self._known: dict[int, dict[Key, torch.Tensor]] = {}  # slots by rows, by tokens; the latest last
         self._captured: set[int] = set()  # ids of those tensors that graphs read
         self._captured_tables: set[Table] = set()
-        self.slots = torch.empty(0)
+        self.slots = torch.empty(0, device=device)
         self.meter: Meter | None = None
         self._layout: Layout = "first"
         self._alike = False  # whether all rows have one slot, so that it does not matter which token is of which row

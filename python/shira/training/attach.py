@@ -17,13 +17,15 @@ from torch import nn
 from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits, entries_of
 from shira.adapter.checksum import checksum_of
+from shira.adapter.header import check_name
 from shira.adapter.tensor import AdapterTensor
 from shira.masks.calibrate import Loss, calibrate
 from shira.masks.choose import choose_entries
 from shira.masks.config import ShiraConfig
-from shira.model.claims import check_claim, claim
+from shira.model.claims import check_claim
 from shira.model.modules import Users, sharded, users_of
 from shira.model.names import first_names
+from shira.training.buffers import TrainedBuffer, moved_by, trained_buffers, warn_of_scripted
 from shira.training.distributed import ignore_in_ddp, reduce_again_in_ddp
 from shira.training.layers import Attached, make_attached, mixin_of, restore_classes
 from shira.training.matching import is_saved, matched_weights, modules_to_save, weights_of
@@ -45,16 +47,18 @@ class Handle:
         self,
         model: nn.Module,
         weights: list[TrainedWeight],
+        buffers: list[TrainedBuffer],
         required_grad: dict[str, bool],
         saved: tuple[str, ...],
         config: ShiraConfig | None,
     ) -> None:
         self._model: nn.Module | None = model
         self._weights = weights
+        self._buffers = buffers
         self._required_grad = required_grad
         self._saved = saved
         self._config = config
-        self._not_reduced = ignore_in_ddp(model, weights)
+        self._not_reduced = ignore_in_ddp(model, weights, buffers)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Gives what is trained by its name in the model: an [nnz] vector for each weight, and modules_to_save."""
@@ -72,15 +76,25 @@ class Handle:
         """Writes values into weights now. An optimizer's step, a forward, `adapter()` and `state_dict()` do it alone.
 
         It must be called where none of these sees a change before the weights are used: after values were changed
-        through `.data`; and, if anything but an optimizer's step changed them, in compiled models and for modules that
-        read a layer's weight instead of calling it, as nn.TransformerEncoderLayer does in evaluation.
+        through their address (numpy, dlpack, a kernel of one's own); and, if anything but an optimizer's step changed
+        them, in compiled models and for modules that read a layer's weight instead of calling it, as
+        nn.TransformerEncoderLayer does in evaluation.
         """
         self._check_attached()
         for trained in self._weights:
             trained.write_back(always_compare=True)
 
     def adapter(self) -> Adapter:
-        """Copies the trained entries to the CPU, as an adapter of kind "replace": exact bits, in the weights' dtype."""
+        """Copies the trained entries to the CPU, as an adapter of kind "replace": exact bits, in the weights' dtype.
+
+        Beside the weights it has the floating-point buffers of the state dict that training moved, as the running
+        statistics of BatchNorm, but for those of modules_to_save. Where processes train together these are each
+        process's own.
+
+        Warns:
+            ShiraWarning: training moved a single integer other than num_batches_tracked, gave a buffer another shape or
+                dtype, or moved one whose name no file can hold: the adapter leaves that buffer out.
+        """
         self.write_back()
         tensors = {}
         for trained in self._weights:
@@ -91,14 +105,15 @@ class Handle:
                 dtype=trained.weight.dtype,
                 checksum=checksum_of(trained.base),
             )
+        tensors |= {buffer.name: changes for buffer in self._buffers if (changes := buffer.changes()) is not None}
         return Adapter(tensors, self._config)
 
     @torch.no_grad()
     def detach(self, keep: bool = False) -> None:
         """Takes everything that `attach` added out of the model and restores its requires_grad flags.
 
-        The entries get their old bits back, or with `keep` stay as trained. Modules of modules_to_save stay as trained
-        in both cases.
+        The entries and the buffers that training moved get their old bits back, or with `keep` stay as trained. Modules
+        of modules_to_save stay as trained in both cases.
         """
         model = self._attached_model
         for trained in self._weights:  # before anything is taken out, so that it can be tried again if this fails
@@ -106,9 +121,12 @@ class Handle:
                 trained.write_back(always_compare=True)
             else:
                 trained.write_base()
+        for buffer in () if keep else self._buffers:
+            buffer.write_base()
+        for buffer in self._buffers:
+            buffer.release()
         for trained in self._weights:
             trained.release()
-            claim(trained.weight, None)
         restore_classes(model.modules())
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
@@ -156,7 +174,11 @@ def attach(
             is on.
 
     Warns:
-        ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
+        ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights; or a
+            scripted module has floating-point buffers.
+
+    Floating-point buffers of the state dict, such as BatchNorm's running statistics, are copied, for training may move
+    them: `Handle.adapter` has what it moved, and `Handle.detach` gives the old ones back.
 
     Several processes can train together (DistributedDataParallel), several threads (nn.DataParallel) not.
 
@@ -212,6 +234,7 @@ def attach_with(
         raise RuntimeError("attach must not be called in torch.inference_mode(): what it makes could not be trained")
     users = users_of(model)
     saved: tuple[str, ...] = ()
+    moved: Mapping[TrainedBuffer, AdapterTensor] = {}
     if isinstance(what, ShiraConfig):
         weights = match(model, what)
         mixins = _mixins(model, weights, users, becomes)
@@ -220,13 +243,19 @@ def attach_with(
     elif calibration is not None:
         raise ValueError("calibration goes with a ShiraConfig: an adapter has its entries")
     elif isinstance(what, Adapter):
-        by_name = weights_of(model, what)
+        moved = moved_by(what, trained_buffers(model, saved))
+        by_name = weights_of(model, [name for name, tensor in what.items() if tensor not in moved.values()])
         mixins = _mixins(model, list(by_name.values()), users, becomes)
         chosen = _continue(model, what, by_name)
     else:
         raise ValueError(f"attach takes a ShiraConfig or an Adapter, got {type(what).__name__}")
     for choice in chosen:
         check_claim(choice.name, choice.weight, "attach")
+    buffers = trained_buffers(model, saved)
+    for buffer in buffers:
+        if buffer.now is not None:
+            check_claim(buffer.name, buffer.now, "attach")
+    warn_of_scripted(model)
 
     # Nothing was changed so far.
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
@@ -234,8 +263,12 @@ def attach_with(
         parameter.requires_grad_(is_saved(name, saved))
         if not parameter.requires_grad:
             parameter.grad = None  # an optimizer that has the parameter would still use it
+    for buffer in buffers:
+        buffer.keep()
+    for buffer, tensor in moved.items():
+        buffer.write(tensor)
     trained = _train(chosen, users, mixins, dense)
-    handle = Handle(model, trained, required_grad, saved, what.config if isinstance(what, Adapter) else what)
+    handle = Handle(model, trained, buffers, required_grad, saved, what.config if isinstance(what, Adapter) else what)
     handle.write_back()
     return handle
 
@@ -250,7 +283,6 @@ def _train(
         owner, role = users[choice.weight][0][1:]
         choice.weight.requires_grad_(dense)
         trained = TrainedWeight(choice.name, owner, role, tuple(slices), dense)
-        claim(choice.weight, "attach")
         for _, module, own_role in users[choice.weight]:
             make_attached(module, mixins[module], own_role, trained)
         weights.append(trained)
@@ -275,6 +307,10 @@ def _mixins(
 
 
 def _check_weight(name: str, weight: nn.Parameter) -> None:
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise ValueError(f"{error}: no adapter file could hold it; rename the module") from None
     if weight.is_meta or nn.parameter.is_lazy(weight):
         raise ValueError(f"{name}: the weight holds no data (meta device, or not initialized)")
     if weight.dtype not in ARITHMETIC:

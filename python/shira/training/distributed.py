@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from shira.training.buffers import TrainedBuffer
 from shira.training.trained import TrainedWeight
 
 
-def ignore_in_ddp(model: nn.Module, weights: Iterable[TrainedWeight]) -> list[str]:
-    """Keeps indices and base entries, which never change, out of what DistributedDataParallel sends in each forward.
+def ignore_in_ddp(model: nn.Module, weights: Iterable[TrainedWeight], buffers: Iterable[TrainedBuffer]) -> list[str]:
+    """Keeps indices and the base, which never change, out of what DistributedDataParallel sends in each forward.
 
     Returns the names that were added to the list that it looks for, for `reduce_again_in_ddp`.
     """
@@ -20,6 +21,9 @@ def ignore_in_ddp(model: nn.Module, weights: Iterable[TrainedWeight]) -> list[st
     for trained in weights:
         prefix = names[trained.owner] + "." if names[trained.owner] else ""
         added += [prefix + trained.indices_name, prefix + trained.base_name]
+    for buffer in buffers:
+        prefix = names[buffer.owner] + "." if names[buffer.owner] else ""
+        added.append(prefix + buffer.base_name)
     model._ddp_params_and_buffers_to_ignore = [*_ignored(model), *added]  # type: ignore[assignment]
     return added
 

@@ -74,9 +74,8 @@ class Attached(nn.Module):
                 errors.append(reason)
                 return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        for trained in self.shira_targets.values():
-            trained.bind()
-            trained.write()
+        for role, trained in self.shira_targets.items():
+            trained.loaded_by(self, role)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from shira.adapter.adapter import Adapter
 from shira.masks.config import ALL_LINEAR, ShiraConfig, names_match
 from shira.model.modules import is_bypassed, is_linear
 from shira.model.names import canonical, first_names, resolve
@@ -82,7 +81,7 @@ def _matches(name: str, config: ShiraConfig) -> bool:
     return re.fullmatch(wanted, name) is not None if isinstance(wanted, str) else names_match(name, wanted)
 
 
-def weights_of(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
+def weights_of(model: nn.Module, adapter: Iterable[str]) -> dict[str, nn.Parameter]:
     """The model's weight for each name of an adapter.
 
     Raises ValueError if the model lacks one, if two names mean the same weight, or if the adapter is empty.
@@ -95,7 +94,7 @@ def weights_of(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
             raise ValueError(f"{adapter_name}: the adapter names the tensor {names[weight]!r} twice")
         weights[adapter_name] = weight
     if not weights:
-        raise ValueError("the adapter holds no tensors")
+        raise ValueError("the adapter holds no tensors of weights")
     return weights
 
 

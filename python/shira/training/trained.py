@@ -16,8 +16,9 @@ from torch import distributed, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from shira.model.claims import claim
 from shira.training.taps import csr_of
-from shira.training.vectors import Slice, precise
+from shira.training.vectors import Slice, Values, place, precise
 from shira_kernels import scatter_apply
 from shira_kernels.bits import as_bits
 
@@ -35,6 +36,7 @@ class TrainedWeight:
         role: the weight's name in the owner.
         dense: whether the weight itself gets a gradient, from which that of the values is gathered.
         csr: (row_ptr, col) of the entries for `masked_grad`, if a module needs them.
+        foreign: whether the values lie in memory that was given to them through `.data`, which others may write unseen.
     """
 
     def __init__(self, name: str, owner: nn.Module, role: str, slices: tuple[Slice, Slice, Slice], dense: bool) -> None:
@@ -44,16 +46,19 @@ class TrainedWeight:
             f"shira_{vector}{suffix}" for vector in ("values", "indices", "base")
         )
         self.csr: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.foreign = False
         self._wants_csr = False
+        self._listed: tuple[int, int] | None = None  # address and version of the indices that `csr` was made of
         self._slices = slices
-        self._marker: tuple[int, int] | None = None  # address and version of the values that the weight holds
+        # The values that the weight holds: the parameter, its plain tensor, and the version.
+        self._marker: tuple[nn.Parameter | None, torch.Tensor, int] | None = None
         self._was_told = False  # by `wrote`, since the last step
         self._used = False  # in a graph that can give a gradient, since the values were written
         self._steps_are_seen = False  # an optimizer that calls step hooks has them
         self._gather: RemovableHandle | None = None
 
-        values, indices, base = (place.vector() for place in slices)
-        owner.register_parameter(self.values_name, nn.Parameter(values))
+        values, indices, base = (own.vector() for own in slices)
+        owner.register_parameter(self.values_name, Values(values))
         owner.register_buffer(self.indices_name, indices)
         owner.register_buffer(self.base_name, base)
         self.bind()
@@ -82,19 +87,38 @@ class TrainedWeight:
         assert base is not None
         return base
 
+    @property
+    def plain(self) -> torch.Tensor:
+        """The values without a gradient, in their memory and with their version counter: a plain tensor, which answers
+        faster than a subclass such as `Values` does."""
+        marker, values = self._marker, self.owner._parameters[self.values_name]
+        return marker[1] if marker is not None and marker[0] is values else self.values.detach()
+
+    @property
+    def values_arena(self) -> torch.Tensor:
+        """Where the values lie beside those of other weights."""
+        return self._slices[0].arena.data
+
+    @property
+    def indices_arena(self) -> torch.Tensor:
+        """Where the indices lie beside those of other weights."""
+        return self._slices[1].arena.data
+
     def wrote(self, values: torch.Tensor) -> None:
         """Notes that the weight holds these values already."""
-        self._note(values)
+        self._note()
         self._was_told = True
+
+    def given_memory(self) -> None:
+        """Notes that the values lie in memory that came from outside, which others may write unseen."""
+        self._marker, self.foreign = None, True
 
     def write_back(self, always_compare: bool = False) -> None:
         """Writes the values into the weight if they changed since the last time."""
-        values = self.values
-        changed = (values.data_ptr(), values._version) != self._marker
-        # Some loops write through `.data` or raw pointers and leave the version as it is, and have no optimizer whose
-        # steps are seen. They cannot have stepped without a gradient, so values are compared after their use.
-        compare = always_compare or (self._used and not self._steps_are_seen)
-        if changed or (compare and self._differs()):
+        # Some loops write through raw pointers and leave the version as it is, and have no optimizer whose steps are
+        # seen. They cannot have stepped without a gradient, so values are compared after their use.
+        compare = always_compare or self.foreign or (self._used and not self._steps_are_seen)
+        if self._changed() or (compare and self._differs()):
             self.write()
 
     @torch.no_grad()
@@ -104,7 +128,10 @@ class TrainedWeight:
         scatter_apply(weight, self.indices, values.to(weight.dtype))
         if getattr(values, "shira_target", None) is not self:
             self.bind()
-        self._note(values)
+        elif self._wants_csr:
+            self.want_csr()
+        self._marker = None
+        self._note()
 
     def note_use(self) -> None:
         """Notes that the values take part in a graph."""
@@ -112,15 +139,17 @@ class TrainedWeight:
 
     def after_step(self) -> None:
         """Does what a step of an optimizer that has the values asks for."""
-        values = self.values
-        changed = (values.data_ptr(), values._version) != self._marker
-        if changed or (values.grad is not None and not self._was_told):  # without a new version: see write_back
+        # Without a new version: see write_back.
+        if self._changed() or (not self._was_told and self.values.grad is not None):
             self.write()
         self._steps_are_seen, self._was_told = True, False
 
     def bind(self) -> None:
         """Ties the parameters to this: a new one (after deepcopy, load_state_dict(assign=True)) lacks that."""
+        if type(self.values) is nn.Parameter:
+            self.values.__class__ = Values  # type: ignore[assignment]
         self.values.shira_target = self  # type: ignore[attr-defined]
+        claim(self.weight, "attach")
         _StepHook.watch(self)
         if self._wants_csr:
             self.want_csr()
@@ -130,17 +159,30 @@ class TrainedWeight:
             gather = functools.partial(_gather_gradient, weakref.ref(self))
             self._gather = self.weight.register_post_accumulate_grad_hook(gather)
 
+    @torch.no_grad()
+    def loaded_by(self, module: nn.Module, role: str) -> None:
+        """Takes up what a module with this weight has just loaded."""
+        own, weight = module._parameters[role], self.owner._parameters[self.role]
+        if own is not None and weight is not None and own is not weight:  # load_state_dict(assign=True) unties them
+            weight.copy_(own)
+            module._parameters[role] = weight
+        self.bind()
+        self.write()
+
     def want_csr(self) -> None:
-        """Makes `csr`, for a module that needs it."""
+        """Makes `csr`, for a module that needs it; again if what is loaded in place has other indices."""
         self._wants_csr = True
-        if self.csr is None:
-            self.csr = csr_of(self.indices, self.weight.shape)
+        listed = self.indices.data_ptr(), self.indices._version
+        if self.csr is None or self._listed != listed:
+            self.csr, self._listed = csr_of(self.indices, self.weight.shape), listed
 
     def rebind_copy(self) -> None:
-        """Makes the copy of an arena the memory of the copied values, which torch copied by themselves."""
-        mine = self._slices[0].vector()
-        if torch.equal(mine, self.values.data):
-            self.values.data = mine
+        """Lays the copied vectors, which torch copied by themselves, side by side again."""
+        values, indices, base = self._slices
+        place(self.values, values.taken_in(self.values.detach()))
+        self.owner._buffers[self.indices_name] = indices.taken_in(self.indices)
+        self.owner._buffers[self.base_name] = base.taken_in(self.base)
+        self._marker, self.foreign = None, False
         self.bind()
 
     def refusal(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> str | None:
@@ -167,7 +209,7 @@ class TrainedWeight:
         scatter_apply(self.weight, self.indices, self.base)
 
     def release(self) -> None:
-        """Takes everything but the weight out of the owner."""
+        """Takes everything but the weight out of the owner, and gives up the claim on it."""
         if self._gather is not None:
             self._gather.remove()
         _StepHook.forget(self)
@@ -175,14 +217,15 @@ class TrainedWeight:
             del self.values.shira_target
         for name in (self.values_name, self.indices_name, self.base_name):
             delattr(self.owner, name)
+        claim(self.weight, None)
 
     def moving(self, fn: Callable[[torch.Tensor], torch.Tensor], move: Callable[[], object]) -> None:
         """Calls `move`, by which the owner applies `fn` to its tensors. Values stay float32 or float64, and what lay in
         an arena lies there afterwards."""
-        values, grad = self.values, self.values.grad
-        before = values.data
+        values, grad, foreign = self.values, self.values.grad, self.foreign
+        before = values.detach()
         vectors = (values, self.indices, self.base)
-        held = [place if place.holds(vector, fn) else None for place, vector in zip(self._slices, vectors, strict=True)]
+        held = [own if own.holds(vector, fn) else None for own, vector in zip(self._slices, vectors, strict=True)]
         values.grad = None
         move()
         if not self.weight.is_contiguous():
@@ -190,22 +233,33 @@ class TrainedWeight:
         values = self.values
         if held[0] is not None:
             held[0].arena.move(fn, keep_precision=True)
-            values.data = held[0].vector()
+            place(values, held[0].vector())
         else:
-            values.data = precise(values.data, before)
-        for name, place in zip((self.indices_name, self.base_name), held[1:], strict=True):
-            if place is not None:
-                place.arena.move(fn, keep_precision=False)  # indices are integers, which `.to(dtype)` leaves
-                self.owner._buffers[name] = place.vector()
+            place(values, precise(values.detach(), before))
+        self.foreign = foreign and held[0] is None
+        for name, own in zip((self.indices_name, self.base_name), held[1:], strict=True):
+            if own is not None:
+                own.arena.move(fn, keep_precision=False)  # indices are integers, which `.to(dtype)` leaves
+                self.owner._buffers[name] = own.vector()
         if grad is not None:
             values.grad = grad.to(values)
         if self.csr is not None:
             row_ptr, col = self.csr
             self.csr = row_ptr.to(self.indices.device), col.to(self.indices.device)
+            self._listed = self.indices.data_ptr(), self.indices._version
         self._marker = None
 
-    def _note(self, values: torch.Tensor) -> None:
-        self._marker, self._used = (values.data_ptr(), values._version), False
+    def _note(self) -> None:
+        values, plain = self.owner._parameters[self.values_name], self.plain
+        self._marker, self._used = (values, plain, plain._version), False
+
+    def _changed(self) -> bool:
+        marker = self._marker
+        return (
+            marker is None
+            or marker[0] is not self.owner._parameters[self.values_name]
+            or marker[1]._version != marker[2]
+        )
 
     @torch.no_grad()
     def _differs(self) -> bool:
