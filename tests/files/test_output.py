@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import python
 
 from shira.files.atomic import write_atomically
+from shira.files.checkpoint import save_tensors
 from shira.files.output import _swap, check_files_free, check_free, written_whole
 
 # Writes a folder over another one in children that are killed at the 1st, 2nd, ... line of output.py that they run, and
@@ -235,7 +237,8 @@ def test_permissions_are_kept_and_new_ones_are_those_of_the_umask(tmp_path: Path
     for mask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
         with umask(mask):
             write_atomically(tmp_path / f"{mask}", b"new")
-            assert mode_of(tmp_path / f"{mask}") == mode
+            save_tensors({"a": torch.zeros(2)}, tmp_path / f"{mask}.safetensors")
+            assert mode_of(tmp_path / f"{mask}") == mode_of(tmp_path / f"{mask}.safetensors") == mode
     for mode in (0o600, 0o640, 0o664, 0o444):
         (tmp_path / "file").touch()
         (tmp_path / "file").chmod(mode)
@@ -263,16 +266,21 @@ def test_the_next_file_of_a_name_removes_what_a_killed_process_left(tmp_path: Pa
     mark = "0123456789abcdef"
     (tmp_path / f".file.{mark}.tmp").write_text("left by an earlier version")
     (tmp_path / f".file.{mark[::-1]}.tmp").mkdir()
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "file.old").touch()
+    link, fifo = (tmp_path / f".file.{digit * 16}.tmp" for digit in "12")
+    link.symlink_to("apart")
+    os.mkfifo(fifo)
     living = tmp_path / f".file.{'f' * 16}.tmp"
     living.mkdir()
     held = os.open(living, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     write_atomically(tmp_path / "file", b"new")
-    assert sorted(os.listdir(tmp_path)) == [living.name, "file"]
+    assert sorted(os.listdir(tmp_path)) == [link.name, living.name, "apart", "file"]
     os.close(held)
     write_atomically(tmp_path / "file", b"newer")
-    assert texts(tmp_path) == {"file": "newer"}
-    assert os.listdir(tmp_path) == ["file"]
+    assert texts(tmp_path) == {"file": "newer", "apart/file.old": ""}
+    assert sorted(os.listdir(tmp_path)) == [link.name, "apart", "file"]
 
 
 @pytest.mark.parametrize("moment", ["opened", "locked"])

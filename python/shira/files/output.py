@@ -220,7 +220,7 @@ def _clean_up(path: Path) -> None:
     target = Path(os.path.realpath(path))
     for work in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}.tmp"):
         try:
-            held = os.open(work, os.O_RDONLY)
+            held = os.open(work, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would be waited for
         except OSError:
             continue  # gone, or somebody else's
         try:
