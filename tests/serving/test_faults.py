@@ -393,3 +393,22 @@ def test_adapters_come_and_go_in_several_threads() -> None:
     assert bank.names == ["kept"]
     check_rows(bank, model, ["kept", None], X)
     check_pages(bank)
+
+
+def test_what_stands_in_for_handlers_and_was_not_removed_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where two more signals came while handlers were put back; the next call removes it."""
+
+    def cut_off(*_: object) -> None:
+        raise Stop
+
+    with handled(*SIGNALS) as came:
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr("shira.model.interrupts._Waiting._put_back", cut_off)
+            with interrupts_held():
+                pass
+        for number in SIGNALS:
+            with pytest.raises(Stop):
+                signal.raise_signal(number)
+        assert came == SIGNALS
+        with interrupts_held():
+            pass

@@ -35,6 +35,8 @@ class _Waiting:
     def take_place(self) -> None:
         """Takes the place of all handlers that are Python's."""
         for number, handler in zip(_NUMBERS, map(_signal.getsignal, _NUMBERS), strict=True):
+            while isinstance(handler, _Waiting) and not handler._is_holding:  # left behind by `give_place`
+                handler = handler.handlers[number]
             if callable(handler):
                 self.handlers[number] = handler
                 _signal.signal(number, self)
@@ -50,7 +52,8 @@ class _Waiting:
                 self.let_through()
 
     def give_place(self) -> None:
-        """Puts the handlers back. One that is back may raise; what is left here then only passes signals on."""
+        """Puts the handlers back. One that is back may raise, and that of a further signal before the others are back:
+        what is left here only passes signals on, until the next one takes its place."""
         self._is_holding = False
         try:
             self._put_back()
@@ -77,7 +80,10 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
         try:
             waiting.give_place()
         finally:
-            waiting.let_through()
+            try:
+                waiting.let_through()
+            finally:
+                waiting.let_through()  # where another signal came before the first of these lines
 
 
 # By the order in which they were made. A fork takes all: its child would wait for ever for one that is held by a thread
