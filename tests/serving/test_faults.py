@@ -402,9 +402,9 @@ def test_what_stands_in_for_handlers_and_was_not_removed_passes_on(monkeypatch: 
         raise Stop
 
     with handled(*SIGNALS) as came:
-        with monkeypatch.context() as patch, pytest.raises(Stop):
+        with monkeypatch.context() as patch:
             patch.setattr("shira.model.interrupts._Waiting._put_back", cut_off)
-            with interrupts_held():
+            with pytest.raises(Stop), interrupts_held():
                 pass
         for number in SIGNALS:
             with pytest.raises(Stop):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import glob
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -76,7 +76,7 @@ def _check_kind(path: Path, *kinds: str) -> None:
     except FileNotFoundError:
         return
     if (kind := _KINDS.get(stat.S_IFMT(mode), "something else")) not in kinds:
-        raise ArgumentError(f"{path}: {kind} is there, which {kinds[-1]} cannot replace")
+        raise ArgumentError(f"{path}: {kind} is there, and only {' or '.join(kinds)} is replaced")
 
 
 def _check_writable(folder: Path) -> None:
@@ -218,7 +218,12 @@ def _put(new: Path, target: Path, work: Path) -> None:
 def _clean_up(path: Path) -> None:
     """Removes what killed runs left beside `path`, and moves a folder back that one of them had moved aside."""
     target = Path(os.path.realpath(path))
-    for work in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}.tmp"):
+    named = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
+    try:
+        names = os.listdir(target.parent)
+    except OSError:
+        return  # what may be written to, but not listed
+    for work in (target.parent / name for name in names if named.fullmatch(name)):
         try:
             held = os.open(work, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would be waited for
         except OSError:
