@@ -127,6 +127,8 @@ def batch(*rows: Any, **options: Any) -> Callable[..., Iterator[None]]:
     def action(bank: shira.ResidentAdapters, model: nn.Module) -> Iterator[None]:
         bank.remove("x")  # and so out of the pages
         bank.add("x", OLD)
+        for tried in bank._batches._tried.values():
+            tried.clear()
         yield
         with bank.batch(list(rows), **options):
             model(X)
@@ -344,7 +346,7 @@ def switch():
 
 thread = threading.Thread(target=switch)
 thread.start()
-for _ in range(40):
+for _ in range(20):
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
