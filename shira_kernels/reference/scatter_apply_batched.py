@@ -1,10 +1,11 @@
-"""scatter_apply_batched in plain PyTorch: one scatter_apply for each weight."""
+"""scatter_apply_batched in plain PyTorch: what scatter_apply does, for all weights before any is written."""
 
 from __future__ import annotations
 
 import torch
 
-from shira_kernels.reference.scatter_apply import scatter_apply
+from shira_kernels.bits import as_bits
+from shira_kernels.reference.scatter_apply import changes
 
 
 def scatter_apply_batched(
@@ -17,8 +18,12 @@ def scatter_apply_batched(
     saved: torch.Tensor | None = None,
 ) -> None:
     borders = offsets.tolist()
-    for i, weight in enumerate(weights):
-        part = slice(borders[i], borders[i + 1])
-        scatter_apply(
-            weight, indices[part], values[part], alpha, additive, saved=None if saved is None else saved[part]
-        )
+    parts = [slice(borders[i], borders[i + 1]) for i in range(len(weights))]
+    found = [
+        changes(weight, indices[part], values[part], alpha, additive)
+        for weight, part in zip(weights, parts, strict=True)
+    ]
+    for weight, part, (places, old, new) in zip(weights, parts, found, strict=True):
+        if saved is not None:
+            as_bits(saved[part]).copy_(old)
+        as_bits(weight).index_copy_(0, places, new)

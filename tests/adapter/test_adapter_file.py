@@ -233,7 +233,7 @@ def test_the_new_file_is_whole_and_synced_before_it_gets_the_name(
         fsync(descriptor)
 
     def note_replace(source: Path, target: Path) -> None:
-        assert Path(source).parent == Path(target).parent
+        assert Path(source).parent.parent == Path(target).parent
         shira.Adapter.load(source)
         events.append("replace")
         replace(source, target)

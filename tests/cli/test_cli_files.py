@@ -431,7 +431,7 @@ def test_a_command_is_ended_from_outside(files: Path, number: int, expected: int
 
 FULL = {
     "diff base tuned -o new --force": "new: File too large",
-    "apply base a -o merged --force": "/merged/model-1.safetensors: File too large",
+    "apply base a -o merged --force": "shira: merged/model-1.safetensors: File too large",
     "fuse a b --base base -o new --force": "new: File too large",
     "convert a --to patch -o new --force": "new: Error while serializing: I/O error: File too large",
     "convert a --base base --to peft-shira -o peft-new --force": "peft-new: Error while serializing: I/O error: File",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -240,3 +241,21 @@ def test_compile() -> None:
     sums = switch(expected, *rest)
     assert torch.equal(torch.compile(switch, fullgraph=True, backend="aot_eager")(weights, *rest), sums)
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_the_reference_writes_nothing_where_memory_ends_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("shira_kernels.reference.scatter_apply_batched")
+    real, calls = module.changes, itertools.count()
+
+    def fail(*arguments: object) -> object:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "changes", fail)
+    weights, saved = [torch.zeros(4), torch.zeros(4)], torch.full((4,), 7.0)
+    offsets, indices = torch.tensor([0, 2, 4]), torch.tensor([0, 3, 1, 2])
+    with backends.use("reference"), pytest.raises(torch.OutOfMemoryError):
+        shira_kernels.scatter_apply_batched(weights, offsets, indices, torch.ones(4), saved=saved)
+    assert not any(weight.any() for weight in weights)
+    assert (saved == 7).all()

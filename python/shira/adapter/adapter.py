@@ -62,7 +62,8 @@ class Adapter(Mapping[str, AdapterTensor]):
 
     def save(self, path: str | os.PathLike[str], *, indices: bool = True, base: Base | None = None) -> None:
         """Writes one safetensors file of format "shira/1", or "shira/1.1" if it has tensors of float8, integers or
-        bool. At every moment `path` holds its old content or all of the new.
+        bool. At every moment `path` holds its old content or all of the new. A file that is replaced keeps its
+        permissions.
 
         Equal adapters give equal bytes. Indices come back as int32 for tensors below 2^31 elements, else as int64.
 
@@ -76,7 +77,8 @@ class Adapter(Mapping[str, AdapterTensor]):
 
         Raises:
             ValueError: a name is not one of a state dict (printable parts between dots, without slashes, of at most 512
-                characters); the indices cannot be recomputed, no base is given for it, or another one.
+                characters); the indices cannot be recomputed, no base is given for it, or another one; at `path` is a
+                folder, a FIFO, a device or a socket.
             OSError: the file cannot be written.
         """
         file.write(path, file.Content(self, self.config, self.provenance, has_indices=indices), base)

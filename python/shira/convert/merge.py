@@ -162,7 +162,7 @@ def merge_checkpoint(
     _check_output(base.is_dir(), output, [str(file.relative_to(base)) for file in (*files, *others)], inputs, overwrite)
     _warn_of_unknown([adapter for adapter, _ in loaded])
     total, done = len(files) + len(changed), 0
-    with written_whole(output) as temporary:
+    with written_whole(output, folder=base.is_dir()) as temporary:
         for file in others:
             _copy(file, temporary / file.relative_to(base))
         for file in files:

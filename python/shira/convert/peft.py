@@ -151,7 +151,7 @@ def write_shira(adapter: Adapter, path: Path, base: Base | None, *, force: bool)
         "init_weights": True,
         "modules_to_save": None,
     }
-    with written_whole(path) as temporary:
+    with written_whole(path, folder=True) as temporary:
         temporary.mkdir()
         save_tensors(arrays, temporary / WEIGHTS)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

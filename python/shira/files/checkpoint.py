@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -40,10 +41,13 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: str | os.PathLike[str])
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    with open(path, "ab") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # by the umask, unlike safetensors' own
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error)) from None
+    os.chmod(path, mode)
 
 
 class TensorFolder(Mapping[str, torch.Tensor]):

@@ -123,18 +123,20 @@ class Write:
     strength: float = 1.0
     additive: bool = False
 
-    def put_in(self, old: Written | None, saved: torch.Tensor) -> Written:
-        """Writes it in place of `old`; each entry of either is written once. The base's entries go to `saved`."""
+    def put_in(self, old: Written | None, after: Written) -> Written:
+        """Writes it in place of `old`; each entry of either is written once. The base's entries go to `after.saved`.
+
+        Gives `after`, in the step that writes: nothing may come between, for the weights would not be what is noted.
+        """
         new, form = self.arena, (self.strength, self.additive)
         if old is None:
-            values, kept = new.in_units(self.values), new.in_units(saved)
-            scatter_apply_batched(new.targets, new.offsets, new.indices, values, *form, kept)
-            return Written(new, saved)
+            alone = (new.targets, new.offsets, new.indices, new.in_units(self.values), *form, new.in_units(after.saved))
+            return (scatter_apply_batched(*alone), after)[1]  # type: ignore[func-returns-value]
         before = old.arena
         if before.unit != new.unit:
             before, new = before.single(), new.single()
         targets, old_offsets, offsets = _aligned(before, new)
-        scatter_switch_batched(
+        both = (
             targets,
             old_offsets,
             before.indices,
@@ -142,10 +144,10 @@ class Write:
             offsets,
             new.indices,
             new.in_units(self.values),
-            new.in_units(saved),
+            new.in_units(after.saved),
             *form,
         )
-        return Written(self.arena, saved)
+        return (scatter_switch_batched(*both), after)[1]  # type: ignore[func-returns-value]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from shira.adapter.adapter import Adapter
-from shira.model.interrupts import interrupts_held, no_autocast
+from shira.model.interrupts import interrupts_held, lock_that_forks_wait_for, no_autocast
 from shira.model.names import resolve_state, state_buffers
 from shira.serving.arena import Mix
 from shira.serving.batch import Batch, Batches, check_options, is_int
@@ -104,7 +103,7 @@ class ResidentAdapters:
         for name, weight in model.named_parameters():
             check_whole(name, weight)
         self._model = model
-        self._lock = threading.RLock()  # of all that follows; a batch's forwards take it only to fuse
+        self._lock = lock_that_forks_wait_for()  # of all that follows; a batch's forwards take it only to fuse
         self._callers = Callers()
         self._streams = Streams()
         self._registry = Registry(model, self)
@@ -190,11 +189,12 @@ class ResidentAdapters:
                 if not bool(values.isfinite().all()):
                     raise ValueError(f"{tensor_name}: values are not finite")
         with self._lock:
+            self._finish()
             self._registry.check_free(name)
             self._follow()
             on_host = on_host or self._batches.pages.budget is not None
             pieces = self._registry.prepare(adapter, self._switching.kept(), force=force, on_host=on_host)
-            with interrupts_held():
+            with interrupts_held(), self._batches.changing():  # handlers may call the bank, too
                 self._batches.register(name, pieces)
                 self._registry.add(name, pieces)
 
@@ -202,15 +202,17 @@ class ResidentAdapters:
         """Forgets an adapter. Raises ValueError if there is none of that name, or it is active, or `using` or `batch`
         needs it."""
         with self._lock:
+            self._finish()
             self._registry.check_names([name])
             if self._switching.needs(name) or self._callers.needs(name):
                 raise ValueError(f"{name!r} is in use: switch to something else first")
             if self._batches.opened is not None and name in self._batches.opened.names:
                 raise ValueError(f"{name!r} is in use: leave batch() first")
-            self._registry.remove(name)
-            self._batches.remove(name)
-            self._batches.trim()
-            self._staging.forget(name)
+            with interrupts_held(), self._batches.changing():
+                self._registry.remove(name)
+                self._batches.remove(name)
+                self._batches.trim()
+                self._staging.forget(name)
 
     def forget_graphs(self) -> None:
         """Says that no CUDA graph which was captured in a batch so far will be replayed again.
@@ -218,8 +220,10 @@ class ResidentAdapters:
         What they read may then be laid out anew, or freed. Raises RuntimeError inside `batch`.
         """
         with self._lock:
+            self._finish()
             self._check_callers()
-            self._batches.forget_graphs()
+            with interrupts_held(), self._batches.changing():
+                self._batches.forget_graphs()
 
     @torch.no_grad()
     @no_autocast()
@@ -228,6 +232,7 @@ class ResidentAdapters:
         are held on the host to the model's device, on a stream of its own. Kept until the next switch or `stage`; None
         drops it. Raises what `switch` raises for a wrong target."""
         with self._lock:
+            self._finish()
             self._follow()
             self._staging.stage(self._registry.mix_of(target), self._switching.plan)
 
@@ -251,6 +256,7 @@ class ResidentAdapters:
         """
         began = time.perf_counter_ns()
         with self._lock:
+            self._finish()
             mix = self._registry.mix_of(target)
             self._check_callers()
             self._follow()
@@ -303,6 +309,7 @@ class ResidentAdapters:
         batch = Batch(current_caller(), rows)
         try:
             with self._lock:
+                self._finish()
                 mixes = self._batches.mixes_of(names)
                 check_options(mode, tokens, rows)
                 self._check_callers()
@@ -310,26 +317,36 @@ class ResidentAdapters:
                 self._batches.open(batch, mixes, mode, tokens, lambda: self._fuse(batch, mixes[0]))
             yield
         finally:
-            with interrupts_held(), self._lock:
-                if self._batches.opened is batch:
-                    self._batches.close(batch, self._follow)
+            try:
+                self._leave_batch(batch)
+            except BaseException:
+                try:
+                    self._leave_batch(batch)  # what cut it off, such as an interrupt, may be over
+                finally:
+                    batch.is_over = True
+                raise
 
     @contextlib.contextmanager
     def using(self, target: str | Mapping[str, float] | None) -> Iterator[None]:
         """Switches for the length of a `with` block, then back to what was active before."""
-        with self._lock:
-            self._check_callers()
-            block = Using(current_caller(), self._switching.active or ())
+        block = Using(current_caller(), ())
         try:
             with self._lock:
+                self._finish()
+                self._check_callers()
+                block.before = self._switching.active or ()
                 self._callers.enter(block)
                 self.switch(target)
             yield
         finally:
-            with interrupts_held(), self._lock:
-                self._callers.leave(block)
-                if not self._switching.holds(block.before):
-                    self.switch(dict(block.before) or None)
+            try:
+                self._leave_using(block)
+            except BaseException:
+                try:
+                    self._leave_using(block)
+                finally:
+                    block.is_over = True
+                raise
 
     @torch.no_grad()
     def verify_base(self) -> None:
@@ -338,8 +355,27 @@ class ResidentAdapters:
         Raises ValueError naming the first adapter and tensor whose base entries are others.
         """
         with self._lock:
+            self._finish()
             self._follow()
             self._registry.verify(self._switching.kept())
+
+    def _leave_batch(self, batch: Batch) -> None:
+        with interrupts_held(), self._lock:
+            if self._batches.opened is batch:
+                self._batches.close(batch, self._follow)
+
+    def _leave_using(self, block: Using) -> None:
+        with interrupts_held(), self._lock:
+            if self._callers.knows(block):
+                if not self._switching.holds(block.before):
+                    self.switch(dict(block.before) or None)
+                self._callers.leave(block)
+
+    def _finish(self) -> None:
+        """Ends what an interrupt cut off in an earlier call."""
+        if self._batches.opened is not None and self._batches.opened.is_over:
+            self._leave_batch(self._batches.opened)
+        self._batches.repair()
 
     def _check_callers(self) -> None:
         """Raises RuntimeError if others rely on what is in the weights."""
@@ -361,7 +397,7 @@ class ResidentAdapters:
         with self._lock, interrupts_held():
             if self._batches.opened is batch:
                 self._follow()
-                self._batches.fuse(mix)
+                self._batches.fuse(batch, mix)
 
     @torch.no_grad()
     def _base_weight(self, name: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,10 @@ class Batch:
     modules: list[nn.Module] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
     trial: Trial | None = None
+    slots: list[int] = field(default_factory=list)  # of the rows, -1 for none
+    meter: rows.Meter | None = None
+    is_over: bool = False  # the block; if the batch is still open, its end was cut off
+    was_closed: bool = False  # or `close` has failed once
 
 
 class Batches:
@@ -61,6 +66,7 @@ class Batches:
         self._linears: dict[torch.Tensor, dict[str, nn.Module]] = {}  # of weights that batches change, the layers
         # By layout, the layers that are known to get the rows where it says.
         self._tried: dict[str, WeakSet[nn.Module]] = {word: WeakSet() for word in rows.LAYOUTS}
+        self._is_whole = True
 
     @property
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -68,6 +74,27 @@ class Batches:
         yield from self.pages.tensors
         for of_device in self._rows.values():
             yield from of_device.tensors
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around changes of what is noted of the adapters, here and in the registry. After an error or an interrupt in
+        the block `repair` has something to do."""
+        before, self._is_whole = self._is_whole, False
+        yield
+        self._is_whole = before
+
+    def repair(self) -> None:
+        """Makes what is noted that of the adapters in the registry, if a change was cut off."""
+        if self._is_whole:
+            return
+        names = self._registry.names
+        self._registry.recount()
+        self._obstacles = {name: reason for name, reason in self._obstacles.items() if name in names}
+        self.pages.repair(names)
+        self._linears = {weight: modules for weight, modules in self._linears.items() if weight in self.pages.weights}
+        self._staging.keep_only(names)
+        self.trim()
+        self._is_whole = True
 
     def register(self, name: str, pieces: Pieces) -> None:
         """Notes whether a batch may use an adapter, and the layers that it then changes."""
@@ -91,8 +118,8 @@ class Batches:
     def trim(self) -> None:
         """Forgets weights that no adapter changes, unless an open batch or a graph still reads what is kept of them."""
         if self.opened is None and not self._read_by_graphs():
-            self.pages.trim()
-            self._linears = {w: modules for w, modules in self._linears.items() if w in self.pages.weights}
+            for weight in self.pages.trim():
+                self._linears.pop(weight, None)
         self._registry.trim(self._linears.keys())
 
     def forget_graphs(self) -> None:
@@ -144,11 +171,11 @@ class Batches:
         self._check_linears()
         self._bring_in([mix for mix in dict.fromkeys(mixes) if mix])
         meter = rows.Meter(fuse) if mode == "auto" and len(distinct) == 1 else None
-        slots = [self.pages.residents[mix].number if mix else -1 for mix in mixes]
+        batch.slots, batch.meter = [self.pages.residents[mix].number if mix else -1 for mix in mixes], meter
         with interrupts_held():
             self.opened = batch
             for device in {weight.device for weight in self.pages.tables}:
-                self._rows.setdefault(device, rows.Rows(device)).set(slots, meter, batch.layout)
+                self._rows.setdefault(device, rows.Rows(device)).set(batch.slots, meter, batch.layout)
             batch.weights.extend(self.pages.tables)
             self._registry.claim(batch.weights)
             for weight, table in self.pages.tables.items():
@@ -171,36 +198,50 @@ class Batches:
             batch.trial.open()
 
     @torch.no_grad()
-    def fuse(self, mix: Mix) -> None:
-        """Goes on with the mix of all rows in the weights."""
+    def fuse(self, batch: Batch, mix: Mix) -> None:
+        """Goes on with the mix of all rows in the weights, or after an error as before."""
         self._switching.switch(mix)
-        for of_device in self._rows.values():
-            of_device.clear()
+        try:
+            for of_device in self._rows.values():
+                of_device.clear()
+        except BaseException:
+            self._switching.switch(())
+            for of_device in self._rows.values():
+                of_device.set(batch.slots, batch.meter, batch.layout)
+            raise
 
     @torch.no_grad()
     def close(self, batch: Batch, follow: Callable[[], None]) -> None:
-        """Takes back all that the open batch changed.
+        """Takes back all that the open batch changed. After an error it can be called once more.
 
-        follow: lets GPUs wait for earlier calls. If it raises, the layers are as before the batch, but a mix that the
-            weights hold stays in them.
+        follow: lets GPUs wait for earlier calls. If it raises twice, the layers are as before the batch, but a mix that
+            the weights hold stays in them.
         """
         if batch.trial is not None:
             batch.trial.close()
         for module in batch.modules:
             layers.leave(module)
-        self.opened = None
-        self.trim()
         try:
             follow()
             for of_device in self._rows.values():
                 of_device.leave()
             if self._switching.active != ():
                 self._switching.switch(())
-        finally:
-            written = self._switching.weights
-            for weight in batch.weights:
-                if weight not in written:
-                    claim(weight, None)
+        except BaseException:
+            if batch.was_closed:
+                self._end(batch)
+            batch.was_closed = True
+            raise
+        self._end(batch)
+
+    def _end(self, batch: Batch) -> None:
+        written = self._switching.weights
+        for weight in batch.weights:
+            if weight not in written:
+                claim(weight, None)
+        with self.changing():
+            self.opened = None
+            self.trim()
 
     def _check_linears(self) -> None:
         """Raises RuntimeError if a layer is not what it was when adapters were added."""
@@ -233,16 +274,17 @@ class Batches:
                     for merged in plans[mix].arenas.values()
                     for weight, part in merged.parts
                 }
-        try:
-            self.pages.make_room(needed, stay=self._read_by_graphs())
-        except Immovable:
-            raise RuntimeError(
-                "batch: CUDA graphs that were captured in batches read the pages, which have no room for this batch: "
-                "call forget_graphs() when they will not be replayed any more, and capture them again"
-            ) from None
-        for mix, counts in needed.items():
-            if not self.pages.touch(mix):
-                self.pages.bring_in(mix, counts, self._deltas(mix, plans.get(mix)))
+        with self.changing():
+            try:
+                self.pages.make_room(needed, stay=self._read_by_graphs())
+            except Immovable:
+                raise RuntimeError(
+                    "batch: CUDA graphs that were captured in batches read the pages, which have no room for this "
+                    "batch: call forget_graphs() when they will not be replayed any more, and capture them again"
+                ) from None
+            for mix, counts in needed.items():
+                if not self.pages.touch(mix):
+                    self.pages.bring_in(mix, counts, self._deltas(mix, plans.get(mix)))
 
     def _deltas(self, mix: Mix, plan: Plan | None) -> Deltas:
         """Gives what a mix adds to the base, which the weights hold: computed in float32 or more, rounded once."""

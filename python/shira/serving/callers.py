@@ -20,12 +20,13 @@ def current_caller() -> Caller:
     return threading.get_ident(), id(task)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Using:
     """An open `using` block: who opened it, and the mix that comes back at its end."""
 
     caller: Caller
     before: Mix
+    is_over: bool = False  # if it is still noted, its end was cut off
 
 
 class Callers:
@@ -36,16 +37,19 @@ class Callers:
 
     def enter(self, block: Using) -> None:
         """Notes that a block was opened."""
-        self._using.append(block)
+        self._using = [*(other for other in self._using if not other.is_over), block]
+
+    def knows(self, block: Using) -> bool:
+        """Whether a block was noted, and not forgotten."""
+        return block in self._using
 
     def leave(self, block: Using) -> None:
-        """Forgets a block, if it was noted."""
-        if block in self._using:
-            self._using.remove(block)
+        """Forgets a block."""
+        self._using.remove(block)
 
     def needs(self, name: str) -> bool:
         """Whether the end of a block brings an adapter back."""
-        return any(name in dict(block.before) for block in self._using)
+        return any(name in dict(block.before) for block in self._using if not block.is_over)
 
     def check(self, batch: Caller | None) -> None:
         """Raises RuntimeError if the weights must stay as they are: a batch is open, or another caller is inside
@@ -53,5 +57,5 @@ class Callers:
         if batch is not None:
             own = batch == current_caller()
             raise RuntimeError("leave batch() first" if own else "another thread or task is inside batch()")
-        if any(block.caller != current_caller() for block in self._using):
+        if any(block.caller != current_caller() and not block.is_over for block in self._using):
             raise RuntimeError("another thread or task is inside using(), which relies on what is active")

@@ -11,6 +11,7 @@ the mix's entries are:
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class Pages:
         self._transposed: dict[torch.Tensor, bool] = {}
         self._widest: dict[torch.Tensor, int] = {}  # pages that an adapter needs for a weight at most
         self._registered: dict[str, Counts] = {}
+        self._users: Counter[torch.Tensor] = Counter()  # how many registered adapters change each weight
+        self._unused: set[torch.Tensor] = set()  # weights of `weights` that none changes any more
 
     @property
     def nbytes(self) -> int:
@@ -109,28 +112,52 @@ class Pages:
 
     @property
     def weights(self) -> Collection[torch.Tensor]:
-        """The weights that registered adapters change."""
+        """The weights that registered adapters change, and before `trim` those that forgotten ones did."""
         return self._widest.keys()
 
     def register(self, name: str, counts: Counts, transposed: Mapping[torch.Tensor, bool]) -> None:
         """Notes an adapter that may be brought in. transposed: of each weight, whether it is [in, out]."""
         self._transposed.update(transposed)
         self._widest.update(self._widths(counts))
+        self._users.update(counts.keys())
+        self._unused.difference_update(counts)
         self._registered[name] = counts
 
     def forget(self, name: str) -> None:
         """Drops a registered adapter, and the mixes that name it."""
-        del self._registered[name]
-        for mix in [mix for mix in self.residents if name in dict(mix)]:
+        counts = self._registered.pop(name)
+        self._users.subtract(counts.keys())
+        self._unused.update(weight for weight in counts if not self._users[weight])
+        for mix in [mix for mix in self.residents if any(part == name for part, _ in mix)]:
             self._drop(mix)
 
-    def trim(self) -> None:
-        """Drops the tables and pools that no registered adapter needs."""
-        for weight in set(self._widest).difference(*self._registered.values()):
-            del self._transposed[weight], self._widest[weight]
+    def trim(self) -> list[torch.Tensor]:
+        """Drops the tables and pools that no registered adapter needs. Gives the weights of the tables."""
+        if not self._unused:
+            return []
+        weights = list(self._unused)
+        for weight in weights:
+            self._widest.pop(weight, None)
             self.tables.pop(weight, None)
+            self._users.pop(weight, None)
+            self._transposed.pop(weight, None)  # last, for what is in the others needs it
         keys = {self._key(weight) for weight in self._widest}
         self.pools = {key: pool for key, pool in self.pools.items() if key in keys}
+        self._unused.clear()
+        return weights
+
+    def repair(self, names: Collection[str]) -> None:
+        """After a change that was cut off: keeps what is of the adapters of these names, and finds what is free."""
+        self._registered = {name: counts for name, counts in self._registered.items() if name in names}
+        for mix in [mix for mix in self.residents if any(name not in self._registered for name, _ in mix)]:
+            del self.residents[mix]
+        self._users = Counter(weight for counts in self._registered.values() for weight in counts)
+        self._unused = {*self._transposed, *self._widest, *self.tables}.difference(self._users)
+        slots = max((table.row_ptr.shape[0] for table in self.tables.values()), default=0)
+        self._free_slots = sorted(set(range(slots)).difference(slot.number for slot in self.residents.values()))
+        for key, pool in self.pools.items():
+            taken = itertools.chain.from_iterable(slot.pages.get(key, ()) for slot in self.residents.values())
+            pool.free = sorted(set(range(pool.col.shape[0])).difference(taken))
 
     def touch(self, mix: Mix) -> bool:
         """Notes that a batch uses the mix now, which makes it the most recently used one. Gives whether it is resident;
@@ -282,8 +309,8 @@ class Pages:
         sizes = {key: pages[key] + max(0, int(rest * share[key])) // _page_bytes(key) for key in keys}
         self.evictions += len(self.residents)
         with interrupts_held():
+            self.residents.clear()  # first: without tables nothing is resident
             self._set({}, {}, [])
-            self.residents.clear()
         self._resize(slots, sizes)
 
     def _grow(self, needed: Mapping[Mix, Counts]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
@@ -43,7 +44,9 @@ class Registry:
         self.gpus: set[torch.device] = set()
         self.homes: dict[torch.Tensor, Home] = {}
         self._owner = weakref.ref(owner)
-        self._adapters: dict[str, Pieces] = {}
+        self._adapters: dict[str, Pieces] = {}  # that an adapter is there is told by this alone
+        self._users: Counter[torch.Tensor] = Counter()  # how many adapters change each weight
+        self._unused: set[torch.Tensor] = set()  # weights with a home that no adapter changes any more
 
     @property
     def names(self) -> list[str]:
@@ -54,11 +57,6 @@ class Registry:
     def nbytes(self) -> dict[str, int]:
         """Bytes of each adapter's indices and values."""
         return {name: sum(piece.nbytes for piece in _each(pieces)) for name, pieces in self._adapters.items()}
-
-    @property
-    def devices(self) -> set[torch.device]:
-        """Where the weights of the adapters are."""
-        return {key[1] for pieces in self._adapters.values() for key in pieces}
 
     @property
     def pieces(self) -> Iterator[Piece]:
@@ -197,6 +195,8 @@ class Registry:
     def add(self, name: str, pieces: Pieces) -> None:
         """Keeps what `prepare` gave, and notes where its weights are."""
         keys = {weight: key for key, group in pieces.items() for piece in group for weight in piece.arena.weights}
+        self._users.update(keys.keys())
+        self._unused.difference_update(keys)
         places: dict[torch.Tensor, list[tuple[nn.Module, str]]] = {w: [] for w in keys if w not in self.homes}
         for module in self.model.modules():
             for attribute, weight in itertools.chain(module._parameters.items(), module._buffers.items()):
@@ -209,12 +209,21 @@ class Registry:
 
     def remove(self, name: str) -> None:
         """Forgets an adapter; `trim` forgets its weights."""
-        del self._adapters[name]
+        weights = [weight for piece in _each(self._adapters.pop(name)) for weight in piece.arena.weights]
+        self._users.subtract(weights)
+        self._unused.update(weight for weight in weights if not self._users[weight])
 
     def trim(self, others: Collection[torch.Tensor]) -> None:
         """Forgets weights that no adapter changes and that are not among `others`."""
-        kept = {weight for piece in self.pieces for weight in piece.arena.weights}.union(others)
-        self.homes = {weight: home for weight, home in self.homes.items() if weight in kept}
+        for weight in self._unused.difference(others):
+            self.homes.pop(weight, None)
+            self._users.pop(weight, None)
+            self._unused.discard(weight)
+
+    def recount(self) -> None:
+        """Finds the weights that no adapter changes by looking at all adapters."""
+        self._users = Counter(weight for piece in self.pieces for weight in piece.arena.weights)
+        self._unused = self.homes.keys() - self._users.keys()
 
     def check_weights(self, weights: Iterable[torch.Tensor]) -> None:
         """Raises RuntimeError if one of them is not the model's any more, is of another dtype or on another device than

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from shira.model.interrupts import lock_that_forks_wait_for
 from shira.serving.pages import Table, sent
 
 # When unfused inference has cost as much as switching in and out, in tokens that the block has run; a forward costs as
@@ -68,7 +71,8 @@ class Rows:
         # Some of `_by_tokens`, by the shape of x and the stream that is to read them: a decode step's lookup.
         self._by_shape: dict[tuple[torch.Size, int], torch.Tensor] = {}
         self._streams: set[torch.cuda.Stream] = set()  # that read or wrote them since the batch was opened
-        self._lock = threading.Lock()  # of the dictionaries, but for that lookup: other threads may run the model too
+        # Of the dictionaries, but for that lookup: other threads may run the model too.
+        self._lock = lock_that_forks_wait_for()
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -92,8 +96,9 @@ class Rows:
         with self._lock, torch.inference_mode(False):
             new = sent(slots, torch.int32, self._device)
             count = len(slots)
-            known = self._known.pop(count, None) or {(count, repeated): torch.empty_like(new)}
-            self._known[count] = {key: each for key, each in known.items() if key[1] is not _alike}
+            known = self._known.get(count) or {(count, repeated): torch.empty_like(new)}
+            others = {number: each for number, each in self._known.items() if number != count}
+            self._known = {**others, count: {key: each for key, each in known.items() if key[1] is not _alike}}
             self._forget(self._known, lambda by_tokens: any(id(each) in self._captured for each in by_tokens.values()))
             self._by_tokens = self._known[count]
             for (tokens, spread), each in self._by_tokens.items():
@@ -299,6 +304,7 @@ class Meter:
         self._fused = False
         self._first: nn.Module | None = None  # that ran in this block: each of its calls is a forward of the model
         self._tokens = 0
+        _meters.add(self)
 
     def is_fused(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether the weights hold the mix, now that `module` is to run."""
@@ -313,3 +319,16 @@ class Meter:
                 self._fuse()
                 self._fused = True
         return self._fused
+
+
+_meters: weakref.WeakSet[Meter] = weakref.WeakSet()
+
+
+def _free_meters() -> None:
+    """In a child of a fork nobody is inside of a layer, but the thread that forked."""
+    for meter in _meters:
+        meter.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_meters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 
@@ -58,8 +58,9 @@ class Staging:
         active: the plan of what is in the weights, which the staged mix may have too.
         """
         with self._side_stream():
-            self._pieces = {name: self.on_device(name) for name, _ in mix}
-            self._plan = self.plan_of(mix, active) if self._registry.needs_merge(mix) else None
+            pieces = {name: self.on_device(name) for name, _ in mix}
+            plan = self._plan_of(mix, active, pieces) if self._registry.needs_merge(mix) else None
+        self._pieces, self._plan = pieces, plan
         self._share(self._stream)
 
     def clear(self) -> None:
@@ -71,6 +72,12 @@ class Staging:
         self._pieces.pop(name, None)
         if self._plan is not None and name in self._plan.names:
             self._plan = None
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Drops what is staged of all other adapters."""
+        for name in [*self._pieces, *(self._plan.names if self._plan is not None else ())]:
+            if name not in names:
+                self.forget(name)
 
     def join(self) -> None:
         """Lets the current stream wait for what was staged, and the allocator know that it uses it."""
@@ -89,20 +96,22 @@ class Staging:
 
     def plan_of(self, mix: Mix, active: Plan | None = None) -> Plan:
         """Gives the plan of a mix: `active` or the staged one if it is of the same adapters, else a new one."""
+        return self._plan_of(mix, active, {})
+
+    def _plan_of(self, mix: Mix, active: Plan | None, pieces: Mapping[str, Pieces]) -> Plan:
         names = tuple(name for name, _ in mix)
         for plan in (active, self._plan):
             if plan is not None and plan.names == names:
                 return plan
-        return arena.merge({name: self.on_device(name) for name in names})
+        return arena.merge({name: pieces.get(name) or self.on_device(name) for name in names})
 
     @contextlib.contextmanager
     def _side_stream(self) -> Iterator[None]:
         """Where the model is on a GPU, lets the block work on a stream of the bank's own."""
-        devices = {device for device in self._registry.devices if device.type == "cuda"}
-        if not devices:
+        if not self._registry.gpus:
             yield
             return
-        self._stream = self._stream or torch.cuda.Stream(min(devices, key=str))
+        self._stream = self._stream or torch.cuda.Stream(min(self._registry.gpus, key=str))
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # adapters may still be on their way
         with torch.cuda.stream(self._stream):
             yield

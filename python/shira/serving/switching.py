@@ -139,11 +139,13 @@ class Switching:
     def _write(self, writes: dict[Key, Write]) -> None:
         """Writes in place of what is in the weights. If it fails, `_written` says of each key what it holds."""
         with torch.inference_mode(False):  # else no switch outside inference mode could write them
-            saved = {key: torch.empty_like(write.values, dtype=key[0]) for key, write in writes.items()}
+            after = {
+                key: Written(write.arena, torch.empty_like(write.values, dtype=key[0])) for key, write in writes.items()
+            }
         for key in {**self._written, **writes}:
             old, new = self._written.get(key), writes.get(key)
             if new is not None:
-                self._written[key] = new.put_in(old, saved[key])
+                self._written[key] = new.put_in(old, after[key])
             elif old is not None:
                 old.take_out()
                 del self._written[key]
