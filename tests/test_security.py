@@ -23,6 +23,7 @@ import shira
 from shira import convert
 from shira.convert import peft_checks
 from shira.files.checkpoint import INDEX, TensorFolder
+from shira.model.pretrained import sealed
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -151,7 +152,8 @@ def place(tmp_path: Path, originals: Path, guard: Guard) -> Place:
     return Place(tmp_path, originals, guard)
 
 
-AUTO = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", None]}
+AUTO = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoModelForSeq2SeqLM": "evil.Model"}
+AUTO |= {"AutoTokenizer": ["evil.Tokenizer", None]}
 NEVER = "code of its own, which is never run"
 
 
@@ -219,6 +221,23 @@ def _knows_a_tokenizer() -> bool:
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     return transformers.LlamaConfig in TOKENIZER_MAPPING
+
+
+def test_code_of_a_part_is_refused_without_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks for each part of a model, whatever was said for the whole."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "evil.py").write_text(EVIL.format(marker=str(tmp_path / "marker")))
+    config = transformers.CLIPTextConfig()
+    config.auto_map, config._name_or_path = AUTO, str(tmp_path)
+    before = constants.HF_HUB_OFFLINE
+    with sealed(), sealed():
+        assert constants.HF_HUB_OFFLINE
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            transformers.AutoModelForSeq2SeqLM.from_config(config)
+    assert before == constants.HF_HUB_OFFLINE
+    assert not (tmp_path / "marker").exists()
 
 
 def linked(folder: Path, cache: Path) -> Path:

@@ -31,7 +31,7 @@ from shira.files.errors import warn
 from shira.files.progress import Progress
 from shira.files.reading import read_inside
 from shira.model.names import canonical, state_names
-from shira.model.pretrained import load_model, no_larger_than, offline
+from shira.model.pretrained import load_model, no_larger_than, sealed
 from shira_kernels.bits import as_bits
 
 # Model classes of transformers by PEFT's task types; without one the class that the base's config.json names.
@@ -149,7 +149,7 @@ def _with_adapter(model: nn.Module, folder: Path) -> Any:
     entries = sum(tensor.numel() for tensor in shared.values())
     entries += sum(math.prod(file.shape(name)) for name in file)
     bound = no_larger_than(16 * (len(shared) + len(file)) + 4096, 4 * entries + 2**26)
-    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"), offline(), bound:
+    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"), sealed(), bound:
         tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model, shared), folder)
         # It does not say which tensors it missed, or had no place for; loading the file once more does.
         keys = tuned.load_adapter(folder, "default")

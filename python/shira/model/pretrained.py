@@ -43,7 +43,7 @@ def load_model(kind: Any, folder: str | os.PathLike[str], **options: Any) -> tup
     check_model_folder(folder)
     checkpoint = TensorFolder(folder)
     size = sum(file.stat().st_size for file in set(checkpoint.files.values()))
-    with offline(), no_larger_than(16 * len(checkpoint) + 4096, 4 * size + 2**26):
+    with sealed(), no_larger_than(16 * len(checkpoint) + 4096, 4 * size + 2**26):
         return kind.from_pretrained(  # type: ignore[no-any-return]
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, **_LOCAL, **options
         )
@@ -54,7 +54,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
     import transformers
 
     check_model_folder(Path(folder))
-    with offline():
+    with sealed():
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
         return config, transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
 
@@ -92,26 +92,30 @@ def _fields(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
             yield from _fields(inner, place)
 
 
-_offline_lock, _offline_users, _offline_before = threading.Lock(), 0, False
+_seal_lock, _sealed, _before = threading.Lock(), 0, (False, 0)
 
 
 @contextmanager
-def offline() -> Iterator[None]:
-    """No request of huggingface_hub leaves the process while a block runs, in any thread."""
-    global _offline_users, _offline_before
+def sealed() -> Iterator[None]:
+    """While a block runs, no request of huggingface_hub leaves the process, and transformers takes code that nobody
+    allowed as refused, where it would ask at standard input: for parts of a model, to which a caller's refusal does not
+    get. It holds for all threads."""
+    global _sealed, _before
     from huggingface_hub import constants
+    from transformers import dynamic_module_utils
 
-    with _offline_lock:
-        if _offline_users == 0:
-            _offline_before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-        _offline_users += 1
+    with _seal_lock:
+        if _sealed == 0:
+            _before = constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE
+            constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE = True, 0
+        _sealed += 1
     try:
         yield
     finally:
-        with _offline_lock:
-            _offline_users -= 1
-            if _offline_users == 0:
-                constants.HF_HUB_OFFLINE = _offline_before
+        with _seal_lock:
+            _sealed -= 1
+            if _sealed == 0:
+                constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE = _before
 
 
 @contextmanager
