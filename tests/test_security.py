@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -162,7 +163,8 @@ def test_no_code_of_a_folder_is_run_and_nothing_elsewhere_is_read(place: Place) 
     own = {"model_type": "own", "auto_map": AUTO}
     place.train("own-config", place.model("own", own), NEVER)
     place.convert("own-base", lora, place.folder / "own", "transformers cannot load this model")
-    known = place.model("known", {"auto_map": AUTO}, {"auto_map": AUTO})  # transformers has this class itself
+    plenty = {"start_header_id": 128_006, "block_size": 2**20}  # as some models have
+    known = place.model("known", {"auto_map": AUTO, **plenty}, {"auto_map": AUTO})  # transformers has this class itself
     place.train("known", known, "")
     place.convert("known-base", lora, known, "")
     tokenizer = place.model("tokenizer", tokenizer={"tokenizer_class": "Own", "auto_map": AUTO})
@@ -511,6 +513,28 @@ def test_names_are_looked_up_before_tensors_are_read(place: Place, monkeypatch: 
     monkeypatch.setattr(TensorFolder, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match=r"a\d+: the base has no tensor of this name"):
         convert.read(place.folder / "patch", place.originals / "model")
+
+
+def test_commands_read_no_standard_input_and_say_when_memory_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(path: Path) -> str:
+        raise ValueError(sys.stdin.readline() or "nobody answers")
+
+    def fill(path: Path) -> str:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    def fill_more(path: Path) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    for found, message in ((ask, "nobody answers"), (fill, "not enough memory"), (fill_more, "not enough memory")):
+        monkeypatch.setattr(convert, "format_of", found)
+        assert exit_code_of(monkeypatch, "info", "file") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert sys.stdin.readline() == "y\n"
 
 
 def test_every_sentence_names_tests_that_there_are() -> None:

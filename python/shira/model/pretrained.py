@@ -23,6 +23,7 @@ from shira.files.reading import check_folder, read_inside
 CODE = "it needs code of its own, which is never run"
 _MOST_PARTS = 100_000  # layers, experts, classes, .. of a model: configs make lists of as many
 _PARTS = re.compile("layer|depth|block|stage|expert|label|head")
+_NOT_PARTS = re.compile("size|token|_id")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -73,7 +74,7 @@ def check_model_folder(folder: Path) -> None:
             raise ValueError(f"{where}: {CODE}")
         if name.endswith("_implementation") and "/" in str(value):
             raise ValueError(f"{where} names a kernel of the network, {str(value)[:80]!r}, which is not fetched")
-        if type(value) is int and value > _MOST_PARTS and _PARTS.search(name):
+        if type(value) is int and value > _MOST_PARTS and _PARTS.search(name) and not _NOT_PARTS.search(name):
             raise ValueError(f"{where} must be at most {_MOST_PARTS}, got {value}")
     tokenizer = "tokenizer_config.json"
     named = read_inside(folder, tokenizer).get("fast_tokenizer_files") if (folder / tokenizer).exists() else None
