@@ -153,6 +153,12 @@ def place(tmp_path: Path, originals: Path, guard: Guard) -> Place:
     return Place(tmp_path, originals, guard)
 
 
+def test_the_watch_sees_what_a_library_opens(place: Place) -> None:
+    with opened(place.outside) as names:
+        load_file(place.outside / "secret.safetensors")
+    assert "secret.safetensors" in names
+
+
 AUTO = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoModelForSeq2SeqLM": "evil.Model"}
 AUTO |= {"AutoTokenizer": ["evil.Tokenizer", None]}
 NEVER = "code of its own, which is never run"
@@ -527,8 +533,16 @@ def test_commands_read_no_standard_input_and_say_when_memory_ends(
     def fill_more(path: Path) -> str:
         raise MemoryError
 
+    def panic(path: Path) -> str:
+        raise type("PanicException", (BaseException,), {})("retry limit\nover")
+
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
-    for found, message in ((ask, "nobody answers"), (fill, "not enough memory"), (fill_more, "not enough memory")):
+    for found, message in (
+        (ask, "nobody answers"),
+        (fill, "not enough memory"),
+        (fill_more, "not enough memory"),
+        (panic, "a library failed: retry limit over"),
+    ):
         monkeypatch.setattr(convert, "format_of", found)
         assert exit_code_of(monkeypatch, "info", "file") == 2
         error = capsys.readouterr().err

@@ -257,6 +257,12 @@ def main() -> None:
         _fail("there is not enough memory for this")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except BaseException as error:
+        if (
+            type(error).__name__ != "PanicException"
+        ):  # of a library in Rust, such as a tokenizer's; it is not an Exception
+            raise
+        _fail(f"a library failed: {' '.join(str(error).split())}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
