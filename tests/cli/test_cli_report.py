@@ -299,7 +299,7 @@ def test_a_folder_of_weights(files: Path, base: dict[str, torch.Tensor], tmp_pat
     wrong: list[Any] = ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 1}}']
     for text in wrong:
         index.write_text(text)
-        with pytest.raises(ValueError, match="weight_map"):
+        with pytest.raises(ValueError, match=r"index\.json: it must be .*JSON"):
             TensorFolder(tmp_path)
     index.write_text('{"weight_map": {"x": "c.safetensors", "q": "c.safetensors"}}')
     assert torch.equal(TensorFolder(tmp_path)["x"], torch.ones(3))

@@ -276,10 +276,10 @@ def test_a_base_that_is_not_there_or_not_whole(base: Path, lora: Path, tmp_path:
         convert.read(lora, {})
     shutil.copytree(base, tmp_path / "cut")
     (tmp_path / "cut/model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-50])
-    with pytest.raises(ValueError, match="cut: transformers cannot load this model as LlamaForCausalLM: Safetensor"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file: "):
         convert.read(lora, tmp_path / "cut")
     (tmp_path / "cut/model.safetensors").unlink()
-    with pytest.raises(OSError, match="cut"):
+    with pytest.raises(ValueError, match="cut: the folder has no safetensors file"):
         convert.read(lora, tmp_path / "cut")
 
 
@@ -288,7 +288,10 @@ WRONG_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
         {"peft_type": "XLORA", "adapters": {"0": "somebody/pickled"}, "hidden_size": 64},
         r"an adapter of type XLORA names other adapters, which are not read$",
     ),
-    "an unknown type": ({"peft_type": "NOPE"}, r"adapter_config\.json: peft_type 'NOPE' is none that PEFT .* has$"),
+    "an unknown type": (
+        {"peft_type": "NOPE"},
+        "an adapter of type NOPE cannot be merged, or might load what is not in its folder$",
+    ),
     "a rank that is none": ({"r": "two"}, "PEFT cannot load this adapter: TypeError: "),
     "a rank of 0": ({"r": 0}, "PEFT cannot load this adapter: ValueError: "),
     "another rank": ({"r": 5}, "PEFT cannot load this adapter: RuntimeError: .*size mismatch"),
@@ -299,7 +302,10 @@ WRONG_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
         {"use_dora": True},
         "it lacks .*magnitude.*, and 5 more, which the adapter has in a Llama",
     ),
-    "a package that is lacking": ({"megatron_config": {"a": 1}}, "PEFT cannot load this adapter: .*No module named"),
+    "a module to import": (
+        {"megatron_config": {"a": 1}},
+        r"adapter_config\.json: an adapter with megatron_config is not read$",
+    ),
 }
 
 
@@ -606,9 +612,9 @@ def test_other_refusals(base: Path, adapter: Adapter, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             convert.read(peft_files(tmp_path / "super", arrays, "SUPERTUNING", **config), base)
     peft_files(tmp_path / "prompt", {"x": torch.zeros(2)}, "PROMPT_TUNING", num_virtual_tokens=2, task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="changes no weights and cannot be merged"):
+    with pytest.raises(ValueError, match="an adapter of type PROMPT_TUNING cannot be merged"):
         convert.read(tmp_path / "prompt", base)
-    with pytest.raises(ValueError, match="peft_type 'NOPE' is none that PEFT"):
+    with pytest.raises(ValueError, match="an adapter of type NOPE cannot be merged"):
         convert.read(peft_files(tmp_path / "nope", {"x": torch.zeros(2)}, "NOPE"), base)
     wrong = {f"{Q}.lora_A.weight": torch.zeros(2, 7), f"{Q}.lora_B.weight": torch.zeros(32, 2)}
     with pytest.raises(ValueError, match=r"PEFT cannot load this adapter: RuntimeError.*size mismatch"):

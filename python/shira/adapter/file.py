@@ -11,17 +11,29 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from shira.adapter.checksum import bytes_of, checksums, little_endian
-from shira.adapter.header import MAX_HEADER, Header, build, check_checksum, check_name, check_shape, parse, regions_of
+from shira.adapter.header import (
+    MAX_HEADER,
+    Header,
+    build,
+    check_checksum,
+    check_length,
+    check_name,
+    check_shape,
+    parse,
+    regions_of,
+)
 from shira.adapter.recompute import check_recomputable, recomputed
 from shira.adapter.tensor import AdapterTensor, check_bools
 from shira.files.atomic import write_atomically
 from shira.files.checkpoint import Base
 from shira.files.errors import AdapterFormatError, Argument, ArgumentError
+from shira.files.reading import check_regular
 from shira.masks.config import ShiraConfig
 from shira_kernels import decode_indices, encode_indices
 from shira_kernels.bits import as_bits
@@ -58,6 +70,7 @@ def write(path: str | os.PathLike[str], content: Content, base: Base | None = No
 def to_pieces(content: Content, base: Base | None = None) -> list[bytes | memoryview]:
     """A file's bytes, in several pieces. Raises ValueError as `write` does."""
     tensors = content.tensors
+    check_length(tensors, content.has_indices)
     for name, tensor in tensors.items():
         check_name(name)
         check_shape(repr(name), tensor.shape)
@@ -79,7 +92,7 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> Content:
             and no base is given or the mask of the base is another one.
         OSError: it cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
+    with _opened(path) as file:
         try:
             return _read(file, os.fstat(file.fileno()).st_size, base)
         except ValueError as error:
@@ -99,7 +112,7 @@ def describe(path: str | os.PathLike[str]) -> Content:
 
     Only the header is read and checked. Raises AdapterFormatError or OSError.
     """
-    with open(path, "rb", buffering=0) as file:
+    with _opened(path) as file:
         try:
             header, _ = _read_header(file, os.fstat(file.fileno()).st_size)
         except ValueError as error:
@@ -118,13 +131,24 @@ def describe(path: str | os.PathLike[str]) -> Content:
     return Content(tensors, header.config, header.provenance, header.has_indices)
 
 
+def _opened(path: str | os.PathLike[str]) -> BinaryIO:
+    try:
+        check_regular(Path(path))
+    except ValueError as error:
+        raise _refusal("", error) from None
+    return open(path, "rb", buffering=0)  # type: ignore[return-value]
+
+
 def _read(file: BinaryIO, size: int, base: Base | None) -> Content:
     header, rest = _read_header(file, size)
     codes = {}
     if not header.has_indices:
         chosen = recomputed(header.tensors, header.config, base)
         codes = {name: encode_indices(indices, header.tensors[name].numel) for name, indices in chosen.items()}
-    data = torch.empty(rest, dtype=torch.uint8, device="cpu")
+    try:
+        data = torch.empty(rest, dtype=torch.uint8, device="cpu")
+    except RuntimeError:
+        raise ValueError(f"its {rest} bytes of data are more than there is memory for") from None
     _read_into(file, data.numpy().data)
     for name, found in header.tensors.items():
         if found.code is not None:

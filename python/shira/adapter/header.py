@@ -23,6 +23,7 @@ BEGIN = b'{"__metadata__":{"checksum":"'  # of the header; the checksum's digits
 
 _MAX_NAME, _MAX_DIMENSIONS = 512, 64
 _ALIGNMENT = 8  # bytes
+_LEAST = 60  # bytes that a header has beside a name wherever it names a tensor, and more
 _STORED, _RECOMPUTED = "stored", "recomputed"
 # As we and as safetensors name them: those of shira/1, and those of its minor version 1.
 _ARITHMETIC = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -134,9 +135,20 @@ def build(
     text = _json({"__metadata__": metadata, **entries}, sort=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > MAX_HEADER:
-        raise ValueError(f"the file's header would have {len(text)} bytes, more than {MAX_HEADER}")
+        raise _too_long(len(tensors))
     header = len(text).to_bytes(8, "little") + text
     return _with_checksum(header, checksum(header))
+
+
+def check_length(names: Collection[str], has_indices: bool) -> None:
+    """Refuses with ValueError tensors that no header has room for, before the work. `build` knows exactly."""
+    places = 3 if has_indices else 2  # of a name: in the description, the values and the indices
+    if sum(places * (len(name) + _LEAST) for name in names) > MAX_HEADER:
+        raise _too_long(len(names))
+
+
+def _too_long(tensors: int) -> ValueError:
+    return ValueError(f"the header of a file of {tensors} tensors would have more than {MAX_HEADER} bytes")
 
 
 def check_checksum(header: bytes) -> None:

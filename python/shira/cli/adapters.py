@@ -309,7 +309,9 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
 
 def _info_of_arrays(file: Path, form: str, json: bool) -> None:
     """What can be told of another tool's adapter without its base."""
-    tensors = TensorFolder(file / "adapter_model.safetensors" if file.is_dir() else file)
+    from shira.convert.source import peft_tensors
+
+    tensors = TensorFolder(file) if form == "patch" else peft_tensors(file if file.is_dir() else file.parent)
     arrays = {name: tensors[name] for name in tensors}
     if json:
         shapes = {

@@ -236,7 +236,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _ended_by_exceptions():
+        with _ended_by_exceptions(), _asking_nobody():
             code = app(standalone_mode=False, prog_name="shira")
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -251,8 +251,18 @@ def main() -> None:
         _drop_unwritable_output()
         what, path = error.strerror or str(error), error.filename2 or error.filename  # of two the one that is written
         _fail(what if path is None else f"{os.fsdecode(path)}: {what}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        _fail("there is not enough memory for this")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except BaseException as error:
+        if (
+            type(error).__name__ != "PanicException"
+        ):  # of a library in Rust, such as a tokenizer's; it is not an Exception
+            raise
+        _fail(f"a library failed: {' '.join(str(error).split())}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -271,6 +281,17 @@ def _ended_by_exceptions() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _asking_nobody() -> Iterator[None]:
+    """No command asks anything, and a library that does, such as whether to run a folder's code, is not answered."""
+    with open(os.devnull) as nothing:
+        before, sys.stdin = sys.stdin, nothing
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def _drop_unwritable_output() -> None:

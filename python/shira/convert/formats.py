@@ -18,6 +18,7 @@ from shira.files.checkpoint import Base, TensorFolder
 from shira.files.errors import Argument, ArgumentError
 from shira.files.output import check_free, check_replaceable
 from shira.files.progress import Progress, no_progress
+from shira.files.reading import check_regular
 
 WRITTEN = ("shira", "peft-shira", "patch")
 """The formats that `write` takes as `form`."""
@@ -33,6 +34,7 @@ def format_of(path: str | os.PathLike[str]) -> str:
         OSError: it cannot be read.
     """
     path = Path(path)
+    check_regular(path)
     folder = path if path.is_dir() else path.parent
     if (path.is_dir() or path.name in (CONFIG, WEIGHTS)) and (folder / CONFIG).exists():
         if not (folder / WEIGHTS).exists():

@@ -21,6 +21,7 @@ from shira.files.checkpoint import Base, TensorFolder
 from shira.files.errors import AdapterFormatError, Argument, ArgumentError, warn
 from shira.files.output import check_apart, check_free, check_replaceable, written_whole
 from shira.files.progress import Progress, no_progress
+from shira.files.reading import check_inside
 from shira.model.names import canonical
 from shira.serving import arena
 from shira_kernels import scatter_apply
@@ -137,7 +138,8 @@ def merge_checkpoint(
         ValueError: naming the tensor: the base lacks it, has it with another shape or dtype, or with other entries than
             an adapter was made for; a tensor whose entries can only be replaced (of another dtype than float64,
             float32, bfloat16 and float16) would be scaled or mixed; no adapter, a strength that is not finite, `output`
-            is there, or lies in the base or around it; a damaged file. Nothing was written then.
+            is there, or lies in the base or around it; a damaged file; a link that leads out of the base's folder, but
+            for those of Hugging Face's cache. Nothing was written then.
         OSError: something cannot be read or written.
 
     Warns:
@@ -155,8 +157,6 @@ def merge_checkpoint(
         check_strengths(name, tensors[min(tensors)].dtype, uses)
 
     files = sorted(set(folder.files.values()))
-    if outside := [str(file) for file in files if base.is_dir() and not _lies_in(base, file)]:
-        raise ValueError(f"{base}: its index names {outside[0]}, which is not in the folder")
     others, left_out = _others(base, files) if base.is_dir() else ([], [])
     inputs = [base, *(Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter))]
     _check_output(base.is_dir(), output, [str(file.relative_to(base)) for file in (*files, *others)], inputs, overwrite)
@@ -217,10 +217,6 @@ def _warn_of_unknown(adapters: Sequence[Adapter]) -> None:
             warn(Argument("adapters", position), reason)
 
 
-def _lies_in(folder: Path, file: Path) -> bool:
-    return folder in file.parents and ".." not in file.relative_to(folder).parts
-
-
 def _by_tensor(adapters: Sequence[Adapter], weights: BaseTensors) -> dict[str, dict[int, AdapterTensor]]:
     """The checkpoint's name -> position of the adapter -> what it has of the tensor, in the checkpoint's order."""
     found: dict[str, dict[int, AdapterTensor]] = {}
@@ -275,16 +271,18 @@ def _data_offsets(file: Any) -> dict[str, int]:
 
 
 def _others(base: Path, weights: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The files of a folder that are copied as they are, and the names of those that are left out."""
+    """The files of a folder that are copied as they are, and the names of those that are left out, which linked folders
+    are too. Refuses with ValueError what would be copied from elsewhere."""
     copied, left_out = [], []
     for file in sorted(base.rglob("*")):
         inner = file.relative_to(base)
-        if file.is_dir() or file in weights:
+        if (file.is_dir() and not file.is_symlink()) or file in weights:
             continue
         hidden = any(part.startswith(".") for part in inner.parts)
-        if hidden or file.suffix in _OTHER_WEIGHTS or file.name in _OTHER_INDEXES:
+        if hidden or file.is_dir() or file.suffix in _OTHER_WEIGHTS or file.name in _OTHER_INDEXES:
             left_out.append(str(inner))
         else:
+            check_inside(base, file)
             copied.append(file)
     return copied, left_out
 

@@ -23,6 +23,7 @@ def read(path: Path, weights: Weights, progress: Progress) -> Mapping[str, Adapt
     """The tensors of a patch, of kind "replace". Errors as in `shira.convert.read`."""
     tensors = TensorFolder(path)
     stems = [name.removesuffix(".indices") for name in tensors if name.endswith(".indices")]
+    weights.check_names(map(canonical, stems))
     found = Found(path)
     for done, stem in enumerate(stems):
         name = canonical(stem)

@@ -15,7 +15,7 @@ from shira.adapter.adapter import Adapter
 from shira.adapter.difference import changes
 from shira.adapter.fusion import deltas
 from shira.adapter.tensor import AdapterTensor
-from shira.convert.source import CONFIG, WEIGHTS, Found, Weights, peft_config, whole
+from shira.convert.source import CONFIG, WEIGHTS, Found, Weights, check_count, peft_config, peft_tensors, whole
 from shira.files.checkpoint import Base, TensorFolder, save_tensors
 from shira.files.errors import warn
 from shira.files.output import written_whole
@@ -25,8 +25,8 @@ from shira.model.names import canonical
 
 def read_shira(folder: Path, weights: Weights, progress: Progress) -> Mapping[str, AdapterTensor]:
     """The tensors of a SHiRA adapter, of kind "add". Errors as in `shira.convert.read`."""
-    tensors = TensorFolder(folder / WEIGHTS)
-    modules, others = _modules(folder, tensors, ("shira_weight", "shira_indices"))
+    tensors = peft_tensors(folder)
+    modules, others = _modules(folder, tensors, weights, ("shira_weight", "shira_indices"))
     found = Found(folder / WEIGHTS)
     for done, (module, fields) in enumerate(modules.items()):
         name = canonical(f"{module}.weight")
@@ -35,6 +35,7 @@ def read_shira(folder: Path, weights: Weights, progress: Progress) -> Mapping[st
         places = tensors[fields["shira_indices"]]
         if weight.dim() != 2 or places.dim() != 2 or places.shape[0] != 2:
             raise ValueError(f"{name}: rows and columns must be [2, nnz] for a matrix, got {list(places.shape)}")
+        check_count(name, max(places.shape[1], values.numel()), weight)
         rows, columns = whole(name, places)  # float32 in files that were written on Windows
         if rows.numel() and not (
             0 <= int(rows.min()) <= int(rows.max()) < weight.shape[0]
@@ -48,18 +49,20 @@ def read_shira(folder: Path, weights: Weights, progress: Progress) -> Mapping[st
 
 def read_supertuning(folder: Path, weights: Weights, progress: Progress) -> Mapping[str, AdapterTensor]:
     """The tensors of a Super-Tuning adapter, of kind "add". Errors and warnings as in `shira.convert.read`."""
-    config, tensors = peft_config(folder), TensorFolder(folder / WEIGHTS)
-    modules, others = _modules(folder, tensors, ("supertuning_values", "supertuning_indices"), "supertuning_indices")
+    config, tensors = peft_config(folder), peft_tensors(folder)
+    fields = ("supertuning_values", "supertuning_indices")
+    modules, others = _modules(folder, tensors, weights, fields, optional="supertuning_indices")
     found = Found(folder / WEIGHTS)
     recomputed = 0
-    for done, (module, fields) in enumerate(modules.items()):
+    for done, (module, keys) in enumerate(modules.items()):
         name = canonical(f"{module}.weight")
         progress(done, len(modules), name)
         # PEFT rounds the changes to the weight's type before it adds them.
-        weight = weights.arithmetic(name)
-        values = tensors[fields["supertuning_values"]].to(weight.dtype)
-        if "supertuning_indices" in fields:
-            indices = tensors[fields["supertuning_indices"]]
+        weight, values = weights.arithmetic(name), tensors[keys["supertuning_values"]]
+        check_count(name, values.numel(), weight)
+        values = values.to(weight.dtype)
+        if "supertuning_indices" in keys:
+            indices = tensors[keys["supertuning_indices"]]
         else:
             indices = _supertuning_indices(name, weight, config, values.numel())
             recomputed += 1
@@ -74,9 +77,10 @@ def read_supertuning(folder: Path, weights: Weights, progress: Progress) -> Mapp
 
 
 def _modules(
-    folder: Path, tensors: TensorFolder, fields: tuple[str, ...], optional: str = ""
+    folder: Path, tensors: TensorFolder, weights: Weights, fields: tuple[str, ...], optional: str = ""
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Of a PEFT file: path of a module -> field -> name of the tensor; and the names of all other tensors."""
+    """Of a PEFT file: path of a module -> field -> name of the tensor; and the names of all other tensors. Refuses with
+    ValueError those of which the base has no weight."""
     modules: dict[str, dict[str, str]] = {}
     others = []
     for name in tensors:
@@ -90,6 +94,7 @@ def _modules(
     for module, found in modules.items():
         if missing := [field for field in fields if field not in found and field != optional]:
             raise ValueError(f"{folder / WEIGHTS}: {module} has no {missing[0]}")
+    weights.check_names(canonical(name) for name in (*(f"{module}.weight" for module in modules), *others))
     return modules, others
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import re
 import textwrap
@@ -23,11 +24,14 @@ from torch import nn
 from shira.adapter.base import BaseTensors
 from shira.adapter.difference import Energies, changes
 from shira.adapter.tensor import AdapterTensor
-from shira.convert.source import CONFIG, WEIGHTS, json_object, peft_config
-from shira.files.checkpoint import Base, TensorFolder
+from shira.convert.peft_checks import check_adapter, check_patterns
+from shira.convert.source import CONFIG, WEIGHTS, peft_tensors
+from shira.files.checkpoint import Base
 from shira.files.errors import warn
 from shira.files.progress import Progress
+from shira.files.reading import read_inside
 from shira.model.names import canonical, state_names
+from shira.model.pretrained import load_model, no_larger_than, sealed
 from shira_kernels.bits import as_bits
 
 # Model classes of transformers by PEFT's task types; without one the class that the base's config.json names.
@@ -48,13 +52,15 @@ def read(folder: Path, base: Base, top: float | None, progress: Progress) -> tup
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    task = _checked_task(folder)
+    config = check_adapter(folder)
+    task = _checked_task(folder, config["peft_type"])
     model = base if isinstance(base, nn.Module) else _model(base, task)
+    check_patterns(folder, config, [name for name, _ in model.named_modules()])
     names = state_names(model)
     weights = {name: parameter for parameter, name in names.items()}
     found = _Changes(folder, top, None if isinstance(base, nn.Module) else BaseTensors(base))
     # What the file has whole, such as biases and `modules_to_save` with their buffers: PEFT may load it into the model.
-    file = TensorFolder(folder / WEIGHTS)
+    file = peft_tensors(folder)
     whole = {canonical(key): key for key in file if canonical(key) in weights}
     users = Counter(names[parameter] for _, parameter in model.named_parameters(remove_duplicate=False))
     merged: set[str] = set()
@@ -106,18 +112,14 @@ def _same(one: AdapterTensor, other: AdapterTensor) -> bool:
     return torch.equal(one.indices, other.indices) and torch.equal(as_bits(one.values), as_bits(other.values))
 
 
-def _checked_task(folder: Path) -> str | None:
+def _checked_task(folder: Path, kind: str) -> str | None:
     """The task type of an adapter's config. Refuses with ValueError an adapter that PEFT cannot merge."""
     import peft
 
-    if (kind := peft_config(folder)["peft_type"]) not in peft.PeftType.__members__:
+    if kind not in peft.PeftType.__members__:
         raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is none that PEFT {peft.__version__} has")
     with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
         config = peft.PeftConfig.from_pretrained(folder)
-    if getattr(config, "adapters", None) is not None:  # PEFT would fetch them, also as pickles
-        raise ValueError(f"{folder}: an adapter of type {kind} names other adapters, which are not read")
-    if config.is_prompt_learning:
-        raise ValueError(f"{folder}: an adapter of type {kind} changes no weights and cannot be merged")
     task: str | None = config.task_type
     return task
 
@@ -140,8 +142,14 @@ def _with_adapter(model: nn.Module, folder: Path) -> Any:
     """A model of PEFT with the adapter, all of which was loaded: modules of its own around the same parameters."""
     import peft
 
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
+    file, shared = (
+        peft_tensors(folder),
+        {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())},
+    )
+    entries = sum(tensor.numel() for tensor in shared.values())
+    entries += sum(math.prod(file.shape(name)) for name in file)
+    bound = no_larger_than(16 * (len(shared) + len(file)) + 4096, 4 * entries + 2**26)
+    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"), sealed(), bound:
         tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model, shared), folder)
         # It does not say which tensors it missed, or had no place for; loading the file once more does.
         keys = tuned.load_adapter(folder, "default")
@@ -208,7 +216,7 @@ def _model(base: Base, task: str | None) -> nn.Module:
     path = Path(base) / "config.json"
     if not path.exists():
         raise ValueError(f"{base}: {needed}")
-    config = json_object(path)
+    config = read_inside(Path(base), path.name)
     if task in _CLASSES:
         found = getattr(transformers, _CLASSES[task])
     else:
@@ -217,11 +225,7 @@ def _model(base: Base, task: str | None) -> nn.Module:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # it has a long report, also of what is not used
     try:
         with _as_value_errors(f"{base}: transformers cannot load this model as {found.__name__}"):
-            model: nn.Module
-            model, report = found.from_pretrained(
-                base, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False,
-                ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
+            model, report = load_model(found, base, ignore_mismatched_sizes=True)
     finally:
         transformers.logging.set_verbosity(verbosity)
     for name, *shapes in sorted(report["mismatched_keys"]):

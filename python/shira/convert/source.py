@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,13 @@ import torch
 from shira.adapter.base import BaseTensors, entries_of
 from shira.adapter.checksum import checksum_of
 from shira.adapter.tensor import DTYPES, AdapterTensor, names_of
-from shira.files.checkpoint import Base
+from shira.files.checkpoint import Base, TensorFolder
+from shira.files.reading import check_inside, read_inside
 from shira_kernels.bits import gathered
 from shira_kernels.dtypes import ARITHMETIC, index_dtype
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"  # of PEFT
+_MOST_CONFIG = 2**22  # bytes
 
 
 class Weights:
@@ -30,9 +31,14 @@ class Weights:
     def __init__(self, base: Base, *, trusted: bool = False) -> None:
         self._tensors, self._trusted = BaseTensors(base), trusted
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuses with ValueError names that the base lacks, before tensors are read."""
+        for name in names:
+            if name not in self._tensors:
+                raise ValueError(f"{name}: the base has no tensor of this name")
+
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._tensors:
-            raise ValueError(f"{name}: the base has no tensor of this name")
+        self.check_names([name])
         weight = self._tensors[name]
         if weight.dtype not in DTYPES:
             raise ValueError(f"{name}: the base's tensor is {weight.dtype}, which no adapter can hold")
@@ -49,6 +55,7 @@ class Weights:
         self, name: str, weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, kind: str
     ) -> AdapterTensor:
         """An adapter's tensor of positions in any order; that none is there twice is left to Adapter to check."""
+        check_count(name, indices.numel(), weight)
         indices, order = whole(name, indices).reshape(-1).sort()
         if values.shape != order.shape:
             raise ValueError(f"{name}: there are {order.numel()} indices, but values of shape {list(values.shape)}")
@@ -82,6 +89,13 @@ class Found(Mapping[str, AdapterTensor]):
         return len(self._tensors)
 
 
+def check_count(name: str, count: int, weight: torch.Tensor) -> None:
+    """Refuses with ValueError more positions than a weight has entries, before they are read: of a file that says so,
+    they might be more than memory holds."""
+    if count > weight.numel():
+        raise ValueError(f"{name}: there are {count} indices, but the weight has {weight.numel()} entries")
+
+
 def whole(name: str, positions: torch.Tensor) -> torch.Tensor:
     """Positions as int64. Refuses with ValueError what is not a whole number."""
     if not torch.equal(positions.long().to(positions.dtype), positions):
@@ -91,18 +105,13 @@ def whole(name: str, positions: torch.Tensor) -> torch.Tensor:
 
 def peft_config(folder: Path) -> dict[str, Any]:
     """The config of a folder of PEFT. Raises ValueError, and OSError if it cannot be read."""
-    config = json_object(folder / CONFIG)
+    config = read_inside(folder, CONFIG, _MOST_CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise ValueError(f'{folder / CONFIG}: it must have "peft_type", a string')
     return config
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises ValueError, and OSError if it cannot be read."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: it must be JSON") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: it must be a JSON object")
-    return found
+def peft_tensors(folder: Path) -> TensorFolder:
+    """The tensors of a folder of PEFT. Raises ValueError, and OSError if they cannot be read."""
+    check_inside(folder, folder / WEIGHTS)
+    return TensorFolder(folder / WEIGHTS)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+
+from shira.files.reading import check_inside, check_regular, read_inside
 
 # A model whose weights hold the base, its state dict, a safetensors file of it, or a folder of such files.
 Base = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 
 INDEX = "model.safetensors.index.json"  # that Hugging Face models in several files have
 SINGLE = "model.safetensors"
+_MOST_MAPPED = 2**26  # bytes
 
 
 def open_tensors(base: Base, argument: str = "base") -> Mapping[str, torch.Tensor]:
@@ -54,28 +58,32 @@ class TensorFolder(Mapping[str, torch.Tensor]):
     """A folder of safetensors files, or one file, as a read-only mapping: name -> tensor, read when it is asked for.
 
     The files are those that `model.safetensors.index.json` lists; without one `model.safetensors`; without that, all.
+    Of a folder no link is followed that leads out of it, but those of Hugging Face's cache.
 
     Raises:
-        ValueError: the folder has no such file, or both of the first two; its index or a file is damaged, or two files
-            have a name in common.
+        ValueError: the folder has no such file, or both of the first two; its index or a file is damaged, lies
+            elsewhere, or is not a regular file; or two files have a name in common.
         OSError: something cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
+        self._opened: tuple[Path, Any] | None = None  # the file that was read last
+        self._read = 0  # bytes of its tensors
         if not folder.is_dir():
             self._files = dict.fromkeys(_names(folder), folder)
             return
         if (folder / INDEX).exists() and (folder / SINGLE).exists():
             raise ValueError(f"{folder}: has both {SINGLE} and {INDEX}, which may hold different weights: remove one")
         if (folder / INDEX).exists():
-            self._files = _indexed(folder / INDEX)
+            self._files = _indexed(folder)
             return
         paths = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
         if not paths:
             raise ValueError(f"{folder}: the folder has no safetensors file")
         self._files = {}
         for path in paths:
+            check_inside(folder, path)
             for name in _names(path):
                 if name in self._files:
                     raise ValueError(f"{folder}: {name!r} is in {self._files[name].name} and in {path.name}")
@@ -87,14 +95,17 @@ class TensorFolder(Mapping[str, torch.Tensor]):
         return self._files
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        from safetensors import SafetensorError, safe_open
+        with _as_value_errors(self._files[name], f"{name!r} cannot be read"):
+            tensor: torch.Tensor = self._file_of(name).get_tensor(name)
+        self._read += tensor.nbytes
+        if self._read > _MOST_MAPPED:
+            self._opened = None
+        return tensor
 
-        path = self._files[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {name!r} cannot be read: {error}") from None
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, of which nothing else is read. Errors as for the tensor itself."""
+        with _as_value_errors(self._files[name], f"{name!r} cannot be read"):
+            return tuple(self._file_of(name).get_slice(name).get_shape())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -102,25 +113,49 @@ class TensorFolder(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def _file_of(self, name: str) -> Any:
+        """The file of a tensor. Opening it parses its whole header, so it stays open for many small tensors; what was
+        read counts as the process's memory as long."""
+        from safetensors import safe_open
+
+        path = self._files[name]
+        if self._opened is None or self._opened[0] != path:
+            self._opened = path, safe_open(path, framework="pt")
+            self._read = 0
+        return self._opened[1]
+
 
 def _names(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    check_regular(path)
     with open(path, "rb"):  # for the usual OSError, with errno and path
         pass
+    with _as_value_errors(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+@contextmanager
+def _as_value_errors(path: Path, what: str) -> Iterator[None]:
+    """What safetensors raises, and torch for a file that is too large for the machine: ValueErrors, of a line."""
+    from safetensors import SafetensorError
+
     try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+        yield
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+        raise ValueError(f"{path}: {what}: {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _indexed(path: Path) -> dict[str, Path]:
+def _indexed(folder: Path) -> dict[str, Path]:
+    path = folder / INDEX
     try:
-        files = {name: Path(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        files = {name: Path(file) for name, file in read_inside(folder, INDEX)["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f'{path}: it must be JSON with "weight_map", a file of each tensor') from None
-    for file in files.values():
+    for file in sorted(set(files.values())):
         if file.is_absolute() or ".." in file.parts:
             raise ValueError(f"{path}: it names {str(file)!r}, which does not lie in its folder")
-    return {name: path.parent / file for name, file in files.items()}
+        check_inside(folder, folder / file)
+    return {name: folder / file for name, file in files.items()}

@@ -14,6 +14,7 @@ from shira.masks.functions import MASKS, Mask
 ALL_LINEAR = "all-linear"
 DEFAULT_DENSITY = 0.01
 _FUNCTION_NAME = re.compile(r"[^:\s]+:[^:\s]+")
+_MOST_PATTERN = 2000  # characters: compiling a longer one may take minutes, and a file may bring any
 _STRUCT_OPTIONS = {"axis": 0, "offset": 0, "diagonal": True}
 
 
@@ -25,8 +26,8 @@ class ShiraConfig:
 
     Attributes:
         target_modules: a list of names (a module matches if its name is one of them or ends with "." and one of them),
-            a regular expression that must match a module's whole name, or "all-linear": every nn.Linear but the
-            output embedding.
+            a regular expression of at most 2000 characters that must match a module's whole name, or "all-linear":
+            every nn.Linear but the output embedding.
         mask: a name in `shira.masks.MASKS`, or a function like those there. A function is recorded by its name,
             "module:qualname"; a config that was read from a file holds that string, and the function is imported only
             when entries are chosen with it.
@@ -70,6 +71,8 @@ class ShiraConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):
+            if len(self.target_modules) > _MOST_PATTERN:
+                raise ValueError(f"target_modules: a regular expression has at most {_MOST_PATTERN} characters")
             try:
                 re.compile(self.target_modules)
             except re.error as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 
 from shira.cli.train.examples import Example
 from shira.cli.train.labels import problem_of
+from shira.files.reading import read_inside
+from shira.model import pretrained
 from shira.model.names import printable
 
 TASKS = {  # the ends of their architectures' names
@@ -19,17 +20,13 @@ TASKS = {  # the ends of their architectures' names
     "classification": ("ForSequenceClassification",),
 }
 
-_LOCAL = {"local_files_only": True, "trust_remote_code": False}  # code of the folder is never run
-
 
 def task_of(folder: Path) -> str:
     """The task that the model's architecture is for. Raises ValueError if that is neither."""
     try:
-        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+        architectures = read_inside(folder, "config.json").get("architectures") or []
     except FileNotFoundError:
         raise ValueError(f"{folder}: not a model folder: it has no config.json") from None
-    except (ValueError, AttributeError):
-        raise ValueError(f"{folder / 'config.json'}: not a JSON object") from None
     for task, endings in TASKS.items():
         if any(str(name).endswith(endings) for name in architectures):
             return task
@@ -50,8 +47,7 @@ def load_tokenizer(folder: Path) -> tuple[Any, Any]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with _in_one_line(folder):
-        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        config, tokenizer = pretrained.load_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -73,14 +69,7 @@ def load_model(folder: Path, task: str, tokenizer: Any) -> Any:
 
     kind = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification
     with _in_one_line(folder):
-        model, report = kind.from_pretrained(
-            folder,
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which are refused below
-            **_LOCAL,
-        )
+        model, report = pretrained.load_model(kind, folder, ignore_mismatched_sizes=True)  # which are refused below
     if report["mismatched_keys"]:
         name = min(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
         raise ValueError(f"{folder}: its weights for {name} have another shape than its config.json says")
@@ -115,7 +104,7 @@ def _in_one_line(folder: Path) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - of any type
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
-            reason = "it needs code of its own, which is never run"
+            reason = pretrained.CODE
         elif not isinstance(error, (OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{folder}: cannot be loaded: {reason}") from None

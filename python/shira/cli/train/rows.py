@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_MOST_BYTES = 2**30  # of a file, whose tokens take some forty times as much
 
 DOCUMENT = frozenset({"document"})  # the form of a file that is one text
 TEXT = frozenset({"text"})
@@ -50,7 +53,10 @@ def read_rows(path: Path, task: str) -> list[Row]:
         OSError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > _MOST_BYTES or len(data := file.read(_MOST_BYTES + 1)) > _MOST_BYTES:
+                raise ValueError(f"{path}: has more than {_MOST_BYTES} bytes, and all of it is in memory: split it")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from None
     if not text.strip():
