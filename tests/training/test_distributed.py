@@ -54,6 +54,19 @@ def train(run: nn.Module, handle: shira.Handle, batches: torch.Tensor) -> None:
         optimizer.step()
 
 
+def attach_late(wrapped: nn.Module) -> None:
+    """After DistributedDataParallel it is refused, at once or in the first forward; without gradients all is well."""
+    with pytest.raises(ValueError, match="in a DistributedDataParallel, which would not see"):
+        attach(wrapped)
+    handle = attach(wrapped.module)
+    with torch.no_grad():
+        wrapped(X[0])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"up\.weight: DistributedDataParallel was made before attach"):
+            wrapped(X[0])
+    handle.detach()
+
+
 @contextlib.contextmanager
 def rank_of(rank: int, folder: Path) -> Iterator[tuple[nn.Module, shira.Handle]]:
     store, patience = f"file://{folder}/store", datetime.timedelta(seconds=100)
@@ -89,16 +102,40 @@ def test_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ddp.register_comm_hook(None, reduce)
         monkeypatch.setattr(distributed, "_broadcast_coalesced", broadcast)
         train(ddp, values, X.chunk(2, dim=1)[0])
+        trained_here = [part.detach().clone() for part in values.parameters()]
+        values.detach()
+        numbers = sum(sent)
+        attach_late(ddp)
     assert other.wait(timeout=100) == 0
 
     trained = list(handle.parameters())
     assert len(trained) == 2
-    for got, expected in zip(values.parameters(), trained, strict=True):
+    for got, expected in zip(trained_here, trained, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     assert sum(reduced) == len(X) * sum(part.numel() for part in trained)
-    assert sum(sent) == len(X) * sum(buffer.numel() for buffer in network().norm.buffers())
+    assert numbers == len(X) * sum(buffer.numel() for buffer in network().norm.buffers())
     handle.detach()
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+
+
+def test_sharding_is_refused(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded, later = network(), network()
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(sharded, mesh=mesh)
+        with pytest.raises(ValueError, match=r"up\.weight: it is a DTensor"):
+            attach(sharded)
+        handle = attach(later)
+        fully_shard(later, mesh=mesh)
+        with pytest.raises(RuntimeError, match=r"up\.weight: the weight was replaced .* fully_shard"):
+            later(X[0])
+        with pytest.raises(RuntimeError, match=r"up\.weight: the weight was replaced .* fully_shard"):
+            handle.adapter()
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_other_names_to_ignore_stay() -> None:
@@ -113,3 +150,5 @@ if __name__ == "__main__":
     with rank_of(1, Path(sys.argv[1])) as (ddp, values):
         ddp.register_comm_hook(None, default_hooks.allreduce_hook)
         train(ddp, values, X.chunk(2, dim=1)[1])
+        values.detach()
+        attach_late(ddp)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from types import FrameType
 
 import torch
 from torch import nn
+
+_FORWARDS = ("forward", "_call_impl")  # functions that run while a module is called
 
 Users = Mapping[torch.Tensor, list[tuple[str, nn.Module, str]]]
 
@@ -29,7 +32,27 @@ def is_linear(module: nn.Module) -> bool:
 def is_transposed(module: nn.Module) -> bool | None:
     """Whether a linear layer's weight is [in, out]; None for another layer, or one with a forward of its own."""
     kind = _linear_kind_of(module)
-    return None if kind is None or type(module).forward is not kind.forward else kind is not nn.Linear
+    return None if kind is None or not has_forward_of(module, kind) else kind is not nn.Linear
+
+
+def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module's class has the forward that `kind` was written with: neither one of its own, nor one that was
+    put in its place later."""
+    forward = kind.forward
+    written = forward.__module__ == kind.__module__ and not hasattr(forward, "__wrapped__")
+    return written and type(module).forward is forward
+
+
+def is_inside_a_forward() -> bool:
+    """Whether a module's forward is running, here or again for a checkpoint in a backward."""
+    if torch.compiler.is_compiling():
+        return True
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in _FORWARDS:
+            return True
+        frame = frame.f_back
+    return torch._C._current_graph_task_id() != -1
 
 
 def _linear_kind_of(module: nn.Module) -> type[nn.Module] | None:
@@ -40,19 +63,14 @@ def _linear_kind_of(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def is_bypassed(module: nn.Module) -> bool:
-    """nn.MultiheadAttention reads the weight of its out_proj, and never calls it."""
-    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
 def bypassed(model: nn.Module) -> set[nn.Module]:
-    """Layers whose weights their owners read without calling them."""
+    """Layers of torch's own modules whose weights their owners read without calling them."""
     found: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             found.update((module.linear1, module.linear2))
-        elif is_bypassed(module):
-            found.add(module)
+        elif isinstance(module, nn.MultiheadAttention):
+            found.add(module.out_proj)
     return found
 
 

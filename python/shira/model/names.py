@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -62,6 +62,12 @@ def resolve_state(model: nn.Module, name: str) -> torch.Tensor:
             if canonical(own) == wanted:
                 return buffer
         raise ValueError(f"the model has no parameter or buffer {name!r}") from None
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of a list, and how many there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def printable(text: str) -> str:

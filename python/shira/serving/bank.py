@@ -304,7 +304,8 @@ class ResidentAdapters:
                 input that has not the batch's rows where `rows` says, and the targets differ.
             RuntimeError: an adapter is active; a batch is open, or another thread or task is inside `using`; another
                 bank or `attach` changes the weights; a parameter of the model was moved, or replaced by another one;
-                CUDA graphs read the pages, and the batch has no room there; a graph is being captured.
+                CUDA graphs read the pages, and the batch has no room there; a graph is being captured. In the block: a
+                module's forward reads the weight of a layer that an adapter changes, which has no rows' deltas.
         """
         batch = Batch(current_caller(), rows)
         try:

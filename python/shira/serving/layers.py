@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from shira.model import modules
-from shira.model.modules import Users
+from shira.model.modules import Users, is_inside_a_forward
 from shira.serving.pages import Table
 from shira.serving.rows import Rows
 from shira_kernels import sparse_delta_mm_batched
 from shira_kernels.dtypes import ARITHMETIC
+
+_LIKE_OTHER = ("to", "type_as")
+_OF_THE_FORM = (
+    *("size", "stride", "dim", "numel", "ndimension", "nelement", "element_size", "get_device"),
+    *("is_floating_point", "is_contiguous", "is_complex", "__hash__", "__len__"),
+    *("zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+)
 
 # The op looked up once: in a decode step each call follows a base product, which leaves no code in the caches.
 add_sparse_delta_mm_batched = torch.ops.shira.add_sparse_delta_mm_batched.default
@@ -33,20 +41,38 @@ class _UnfusedLinear(nn.Module):
     shira_table: Table
     shira_rows: Rows
 
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        meter = self.shira_rows.meter
+        if (meter is not None and meter.has_fused) or not is_inside_a_forward():
+            return weight
+        form = weight.detach().as_subclass(_Form)
+        form.shira_name = self.shira_name
+        return form
+
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a model cannot be copied or pickled inside batch(): leave it first")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.is_nested:
+            raise ValueError(
+                "batch: nested tensors have no rows for names: pad them, or pack them with a name per token"
+            )
         table, rows = self.shira_table, self.shira_rows
         if torch.compiler.is_compiling():
-            return _with_delta(super().forward(input), input, table, rows.compiled_for(input, self))  # type: ignore[misc]
+            return _with_delta(self.shira_product(input), input, table, rows.compiled_for(input, self))
         meter = rows.meter
         if meter is None:
-            return _with_delta(super().forward(input), input, table, rows.of(input, self))  # type: ignore[misc]
+            return _with_delta(self.shira_product(input), input, table, rows.of(input, self))
         with meter.lock:
             fused = meter.is_fused(self, input)
-            out: torch.Tensor = super().forward(input)  # type: ignore[misc]
+            out = self.shira_product(input)
             return out if fused else _with_delta(out, input, table, rows.of(input, self))
+
+    def shira_product(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self._parameters["weight"], self.bias)  # type: ignore[arg-type]
 
 
 class _UnfusedConv1D(_UnfusedLinear):
@@ -54,6 +80,32 @@ class _UnfusedConv1D(_UnfusedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)
+
+    def shira_product(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.view(-1, input.shape[-1])
+        out = torch.addmm(self.bias, rows, self._parameters["weight"])  # type: ignore[arg-type]
+        return out.view(*input.shape[:-1], out.shape[-1])
+
+
+class _Form(torch.Tensor):
+    """What a module in its forward reads as the weight of an unfused layer: the dtype, shape and device, but not the
+    entries, which are the base's and no row's."""
+
+    shira_name: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        if name in _OF_THE_FORM or (name in _LIKE_OTHER and not isinstance(args[0], cls)):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if name == "__get__":
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args)
+            if not isinstance(result, torch.Tensor):
+                return result
+        layer = next((x.shira_name for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)), "")
+        raise RuntimeError(f"batch: the model reads the weight of {layer!r} without calling the layer: use switch")
 
 
 def _with_delta(out: torch.Tensor, x: torch.Tensor, table: Table, slots: torch.Tensor) -> torch.Tensor:

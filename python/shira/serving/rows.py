@@ -306,6 +306,11 @@ class Meter:
         self._tokens = 0
         _meters.add(self)
 
+    @property
+    def has_fused(self) -> bool:
+        """Whether the weights hold the mix."""
+        return self._fused
+
     def is_fused(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether the weights hold the mix, now that `module` is to run."""
         if self._first is None:

@@ -248,7 +248,9 @@ class _Exchanged(TorchDispatchMode):
 
     def _next_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Gives a tensor with each row replaced by the next; itself if it has not as many rows, or several for each."""
-        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or not tensor.numel():
+        if tensor.layout is not torch.strided or tensor.is_nested or is_traceable_wrapper_subclass(tensor):
+            return tensor
+        if not tensor.numel():
             return tensor
         if tensor.dim() == 1 and tensor.dtype in (torch.int32, torch.int64) and bool((tensor.diff() == 1).all()):
             return tensor  # positions

@@ -26,11 +26,12 @@ from shira.model.claims import check_claim
 from shira.model.modules import Users, sharded, users_of
 from shira.model.names import first_names
 from shira.training.buffers import TrainedBuffer, moved_by, trained_buffers, warn_of_scripted
-from shira.training.distributed import ignore_in_ddp, reduce_again_in_ddp
-from shira.training.layers import Attached, make_attached, mixin_of, restore_classes
+from shira.training.distributed import check_bare, ignore_in_ddp, reduce_again_in_ddp
+from shira.training.layers import Attached, check_forwards, make_attached, mixin_of, restore_classes
 from shira.training.matching import is_saved, matched_weights, modules_to_save, weights_of
 from shira.training.trained import TrainedWeight
 from shira.training.vectors import in_arenas
+from shira.training.watch import Watch
 from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 
 Match = Callable[[nn.Module, ShiraConfig], list[nn.Parameter]]
@@ -58,6 +59,7 @@ class Handle:
         self._required_grad = required_grad
         self._saved = saved
         self._config = config
+        self._watch = Watch(model, weights)
         self._not_reduced = ignore_in_ddp(model, weights, buffers)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -77,8 +79,8 @@ class Handle:
 
         It must be called where none of these sees a change before the weights are used: after values were changed
         through their address (numpy, dlpack, a kernel of one's own); and, if anything but an optimizer's step changed
-        them, in compiled models and for modules that read a layer's weight instead of calling it, as
-        nn.TransformerEncoderLayer does in evaluation.
+        them, in compiled models and, after `mask_gradients`, for modules that read a layer's weight instead of calling
+        it.
         """
         self._check_attached()
         for trained in self._weights:
@@ -91,10 +93,14 @@ class Handle:
         statistics of BatchNorm, but for those of modules_to_save. Where processes train together these are each
         process's own.
 
+        Raises RuntimeError if a trained layer or weight was replaced.
+
         Warns:
             ShiraWarning: training moved a single integer other than num_batches_tracked, gave a buffer another shape or
                 dtype, or moved one whose name no file can hold: the adapter leaves that buffer out.
         """
+        self._check_attached()
+        self._watch.check()
         self.write_back()
         tensors = {}
         for trained in self._weights:
@@ -113,9 +119,13 @@ class Handle:
         """Takes everything that `attach` added out of the model and restores its requires_grad flags.
 
         The entries and the buffers that training moved get their old bits back, or with `keep` stay as trained. Modules
-        of modules_to_save stay as trained in both cases.
+        of modules_to_save stay as trained in both cases. Raises RuntimeError, and changes nothing, if a trained weight
+        or the forward of its layer was replaced since `attach`.
         """
         model = self._attached_model
+        check_forwards(model)
+        for trained in self._weights:
+            _ = trained.weight  # raises if it was replaced
         for trained in self._weights:  # before anything is taken out, so that it can be tried again if this fails
             if keep:
                 trained.write_back(always_compare=True)
@@ -175,15 +185,21 @@ def attach(
 
     Warns:
         ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights; or a
-            scripted module has floating-point buffers.
+            scripted module has floating-point buffers; or "all-linear" leaves out more than 1 % of the model beside
+            embeddings, convolutions and the head.
 
     Floating-point buffers of the state dict, such as BatchNorm's running statistics, are copied, for training may move
     them: `Handle.adapter` has what it moved, and `Handle.detach` gives the old ones back.
 
-    Several processes can train together (DistributedDataParallel), several threads (nn.DataParallel) not.
+    Several processes can train together (DistributedDataParallel, made after attach), several threads (nn.DataParallel)
+    not. Whatever replaces weights or layers (tie_weights, resize_token_embeddings, parametrizations, fully_shard) comes
+    before attach: the next forward raises RuntimeError otherwise.
 
-    A weight that is also read without calling its layer, as in F.linear(x, embedding.weight), gets the gradient of the
-    layer's own calls only: use `mask_gradients` for it. There is no double backward through attached layers.
+    Where a module's forward reads a layer's `weight` instead of calling the layer, or beside that, the values get the
+    gradient of that, too; the dense one exists for a moment. Outside of forwards `layer.weight` is the frozen
+    parameter: what is computed from it there gives no gradient. Nothing trains a weight that is read in another way,
+    from `parameters()` say: the first step of an optimizer warns of weights that had no part in a forward. There is no
+    double backward through attached layers, and no transform of torch.func.
 
     A reentrant activation checkpoint gives no gradients unless one of its inputs requires grad, here as in any model
     whose first layers are frozen; models of transformers see to it when they enable checkpointing.
@@ -228,6 +244,7 @@ def attach_with(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_bare(model)
     if any(isinstance(module, Attached) for module in model.modules()):
         raise RuntimeError("the model has entries attached already: detach them first")
     if torch.is_inference_mode_enabled():

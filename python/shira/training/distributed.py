@@ -1,14 +1,29 @@
-"""What DistributedDataParallel is told of an attached model: not to send what never changes."""
+"""Models in several processes: what cannot be trained is refused, and what never changes is not sent."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from shira.training.buffers import TrainedBuffer
 from shira.training.trained import TrainedWeight
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raises ValueError if a model is in a wrapper that would not know of what `attach` adds."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", DataParallel)
+    for module in model.modules():
+        if isinstance(module, DataParallel) or (
+            isinstance(module, (DistributedDataParallel, fsdp)) and distributed.get_world_size() > 1
+        ):
+            kind = type(module).__name__
+            raise ValueError(
+                f"the model is in a {kind}, which would not see what is attached: attach first, then wrap it"
+            )
 
 
 def ignore_in_ddp(model: nn.Module, weights: Iterable[TrainedWeight], buffers: Iterable[TrainedBuffer]) -> list[str]:

@@ -36,8 +36,7 @@ def mask_gradients(
     Args:
         model: any module; the parameters must be contiguous float64, float32, bfloat16 or float16.
         what: a ShiraConfig or an Adapter, as for `attach`. target_modules may name modules, whose `weight` is meant,
-            and parameters, as "in_proj_weight" or "layers.0.attention.in_proj_weight"; with "all-linear" also the
-            layers whose weight is read by others.
+            and parameters, as "in_proj_weight" or "layers.0.attention.in_proj_weight".
         calibration, loss: as for `attach`.
 
     Returns:
@@ -50,7 +49,8 @@ def mask_gradients(
             is on.
 
     Warns:
-        ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights.
+        ShiraWarning: the adapter has no checksum, so that it cannot be told whether it belongs to these weights; or
+            "all-linear" leaves out much, as for `attach`.
     """
     return attach_with(
         model,

@@ -6,20 +6,24 @@ gradient (`shira.training.taps`):
 
 - nn.Linear, Conv1D of transformers: behind the layer, from its input.
 - nn.Embedding: behind the layer, from its tokens.
-- nn.Conv1d, nn.Conv2d, nn.Conv3d, and subclasses with a forward of their own: the module reads an alias of its weight.
+- nn.Conv1d, nn.Conv2d, nn.Conv3d, subclasses with a forward of their own, inputs that are not plain tensors (jagged
+  ones), and whatever else reads such a layer's `weight` during a forward, instead of calling the layer or beside it:
+  from an alias of the weight.
 - any module whose parameters `mask_gradients` trains: from the parameter's own gradient (`shira.training.hooks`).
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-from shira.model.modules import is_bypassed, transformers_conv1d
+from shira.model.modules import has_forward_of, is_inside_a_forward, transformers_conv1d
 from shira.training.taps import Alias, EmbeddingTap, LinearTap
 from shira.training.trained import TrainedWeight
 
@@ -37,24 +41,33 @@ class Attached(nn.Module):
 
     def shira_write_back(self) -> None:
         # A compiled forward cannot read versions. There the hook on optimizers' steps has written the values.
-        if not torch.compiler.is_compiling():
-            for trained in self.shira_targets.values():
-                trained.write_back()
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._are_functorch_transforms_active():
+            self.shira_check_transforms()
+        for role, trained in self.shira_targets.items():
+            if self._parameters.get(role) is not trained.attached:
+                trained.refuse_another_weight()
+            if not trained.is_met:
+                trained.check_shape()
+            trained.write_back()
 
-    def shira_trains(self) -> TrainedWeight | None:
-        """The module's "weight", if a gradient of its values is wanted now."""
-        trained = self.shira_targets["weight"]
-        if not torch.is_grad_enabled() or not trained.values.requires_grad:
-            return None
-        if not torch.compiler.is_compiling():
-            trained.note_use()
-        return trained
+    def shira_check_transforms(self) -> None:
+        """Raises RuntimeError if a transform of torch.func has taken a trained weight or its values."""
+        for role, trained in self.shira_targets.items():
+            for tensor in (self._parameters.get(role), trained.values):
+                if tensor is not None and is_functorch_wrapped_tensor(tensor):
+                    trained.refuse_transforms()
 
     def shira_owned(self) -> list[TrainedWeight]:
         """The trained weights whose values this module holds."""
         return [trained for trained in self.shira_targets.values() if getattr(trained, "owner", None) is self]
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError("nn.DataParallel cannot train an attached model; DistributedDataParallel can")
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _check_keeps(fn, next(self.parameters(recurse=False)).device)
         move: Callable[[], object] = functools.partial(super()._apply, fn, recurse)
         for trained in self.shira_owned():
             move = functools.partial(trained.moving, fn, move)
@@ -91,7 +104,41 @@ class Attached(nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), f"shira_entries={entries}")))
 
 
-class _AttachedLinear(Attached):
+class _AttachedLayer(Attached):
+    """A layer of which `attach` trains the "weight". During a forward its weight is an alias, for whoever reads it."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise AttributeError("weight")  # as a parametrization expects that took it
+        if not is_inside_a_forward():  # where `layer.weight.data = ...` must find the parameter itself
+            return weight
+        self.shira_write_back()
+        trained = self.shira_trains()
+        return weight if trained is None else Alias.apply(trained.values, weight, trained.indices)
+
+    @weight.setter
+    def weight(self, value: object) -> None:  # where it is not a parameter any more
+        self.shira_targets["weight"].refuse_another_weight()
+
+    def shira_trains(self) -> TrainedWeight | None:
+        """What trains the weight, if a gradient of its values is wanted now."""
+        trained = self.shira_targets["weight"]
+        if not torch.is_grad_enabled() or not trained.values.requires_grad:
+            return None
+        if not torch.compiler.is_compiling():
+            trained.note_use()
+        return trained
+
+    def shira_check_transforms(self) -> None:
+        super().shira_check_transforms()
+        trained = self.shira_targets["weight"]
+        if torch.is_grad_enabled() and trained.values.requires_grad:
+            trained.refuse_transforms()
+
+
+class _AttachedLinear(_AttachedLayer):
     """nn.Linear: weight [out, in]."""
 
     shira_transposed = False
@@ -100,6 +147,8 @@ class _AttachedLinear(Attached):
         self.shira_write_back()
         trained = self.shira_trains()
         if trained is None:
+            return self.shira_product(input)
+        if not _is_plain(input):
             return super().forward(input)  # type: ignore[no-any-return]
         assert trained.csr is not None
         # As a matrix, so that the product is not a view: behind an identity in place on a view, autograd copies
@@ -108,8 +157,8 @@ class _AttachedLinear(Attached):
         output = LinearTap.apply(self.shira_product(rows), rows, trained.values, *trained.csr, self.shira_transposed)
         return output.view(*input.shape[:-1], output.shape[-1]) if input.dim() > 2 else output
 
-    def shira_product(self, rows: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(rows, self.weight, self.bias)  # type: ignore[arg-type]
+    def shira_product(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self._parameters["weight"], self.bias)  # type: ignore[arg-type]
 
 
 class _AttachedConv1D(_AttachedLinear):
@@ -120,45 +169,38 @@ class _AttachedConv1D(_AttachedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)
 
-    def shira_product(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.bias, rows.view(-1, rows.shape[-1]), self.weight)  # type: ignore[arg-type]
+    def shira_product(self, input: torch.Tensor) -> torch.Tensor:
+        rows = torch.addmm(self.bias, input.view(-1, input.shape[-1]), self._parameters["weight"])  # type: ignore[arg-type]
+        return rows if input.dim() == 2 else rows.view(*input.shape[:-1], rows.shape[-1])
 
 
-class _AttachedEmbedding(Attached):
+class _AttachedEmbedding(_AttachedLayer):
     """nn.Embedding: weight [rows, columns]."""
 
     padding_idx: int | None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = super().forward(input)
-        trained = self.shira_trains()
-        if trained is not None:
-            rows = trained.weight.shape[0]
-            output = EmbeddingTap.apply(output, input, trained.values, trained.indices, rows, self.padding_idx)
-        return output
-
-
-class _AttachedReader(Attached):
-    """A module whose forward reads `self.weight`."""
-
-    shira_alias: torch.Tensor | None  # what it reads while a forward runs whose gradient is wanted
-
-    @property
-    def weight(self) -> torch.Tensor | None:
-        return self._parameters["weight"] if self.shira_alias is None else self.shira_alias
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.shira_write_back()
         trained = self.shira_trains()
-        if trained is None:
-            return super().forward(*args, **kwargs)
-        # An instance attribute "weight" would come before the parameter, but Dynamo of torch 2.10 and 2.11 cannot trace
-        # its removal.
-        self.shira_alias = Alias.apply(trained.values, trained.weight, trained.indices)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.shira_alias = None
+        if trained is None or not _is_plain(input):
+            return super().forward(input)  # type: ignore[no-any-return]
+        weight = self._parameters["weight"]
+        assert weight is not None
+        output = nn.functional.embedding(input, weight, self.padding_idx)
+        return EmbeddingTap.apply(output, input, trained.values, trained.indices, weight.shape[0], self.padding_idx)  # type: ignore[no-any-return]
+
+
+def _check_keeps(fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
+    """Raises RuntimeError for what moves a module's tensors and leaves their contents behind."""
+    probe = torch.tensor([time.perf_counter_ns()], device=device)
+    moved = fn(probe)
+    if moved.is_meta or not torch.equal(moved.cpu(), probe.cpu()):
+        raise RuntimeError("attached entries would be lost (on the meta device, or by to_empty): detach first")
+
+
+def _is_plain(input: torch.Tensor) -> bool:
+    """Whether it is an ordinary tensor: neither nested nor of a class with arithmetic of its own."""
+    return type(input) in (torch.Tensor, nn.Parameter) and not input.is_nested
 
 
 _SUPPORTED = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding and Conv1D of transformers"
@@ -182,22 +224,20 @@ def mixin_of(name: str, module: nn.Module, role: str) -> type[Attached]:
 def _known_mixin_of(module: nn.Module) -> type[Attached] | None:
     for kind, mixin in _kinds():
         if isinstance(module, kind):
-            return mixin if type(module).forward is kind.forward else _AttachedReader
+            return mixin if has_forward_of(module, kind) else _AttachedLayer
     return None
 
 
 def _kinds() -> Iterator[tuple[type[nn.Module], type[Attached]]]:
     yield nn.Linear, _AttachedLinear
     yield nn.Embedding, _AttachedEmbedding
-    yield from ((conv, _AttachedReader) for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    yield from ((conv, _AttachedLayer) for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     if conv1d := transformers_conv1d():
         yield conv1d, _AttachedConv1D
 
 
 def _refusal(module: nn.Module) -> str | None:
     """Why a module of a known kind cannot be trained, if that is so."""
-    if is_bypassed(module):
-        return "nn.MultiheadAttention never calls this layer, so it cannot be trained"
     if "forward" in vars(module):
         return "its forward was replaced (by hooks of another library?), so it cannot be trained"
     if isinstance(module, nn.Embedding):
@@ -225,17 +265,29 @@ def make_attached(module: nn.Module, mixin: type[Attached], role: str, trained: 
         module.shira_targets = {}  # type: ignore[assignment]
     assert isinstance(module, Attached)
     module.shira_targets[role] = trained
-    if isinstance(module, _AttachedReader):
-        module.shira_alias = None
     if isinstance(module, _AttachedLinear):
         trained.want_csr()
+
+
+def check_forwards(model: nn.Module) -> None:
+    """Raises RuntimeError if the forward of an attached layer was replaced by one that may call it."""
+    for name, module in model.named_modules():
+        if isinstance(module, Attached) and "forward" in vars(module) and not _holds_its_forward(module):
+            raise RuntimeError(
+                f"{name}: its forward was replaced after attach, and may call the attached one: put it back first"
+            )
+
+
+def _holds_its_forward(module: nn.Module) -> bool:
+    """Whether the module has its class's forward as an attribute, as hooks that were removed leave it."""
+    return getattr(module.forward, "__func__", None) is type(module).forward
 
 
 def restore_classes(modules: Iterable[nn.Module]) -> None:
     """Gives modules the class back that `make_attached` took, and takes out what it added."""
     for module in modules:
         if isinstance(module, Attached):
+            if _holds_its_forward(module):
+                vars(module).pop("forward", None)
             del module.shira_targets
-            if isinstance(module, _AttachedReader):
-                del module.shira_alias
             module.__class__ = module.shira_original  # type: ignore[assignment]

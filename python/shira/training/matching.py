@@ -7,10 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from shira.files.errors import warn
 from shira.masks.config import ALL_LINEAR, ShiraConfig, names_match
-from shira.model.modules import is_bypassed, is_linear
-from shira.model.names import canonical, first_names, resolve
+from shira.model.modules import is_linear
+from shira.model.names import canonical, first_names, resolve, some_of
 from shira.training.layers import mixin_of
+
+_NOT_MEANT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)  # by "all-linear"
+_MUCH = 0.01  # of the model: a router or a table of positions is less
 
 
 def matched_weights(model: nn.Module, config: ShiraConfig) -> list[nn.Parameter]:
@@ -29,6 +33,7 @@ def matched_weights(model: nn.Module, config: ShiraConfig) -> list[nn.Parameter]
         weights.append(weight)
     if not weights:
         raise ValueError(f"target_modules: {config.target_modules!r} matches no module of the model")
+    _warn_of_rest(model, config, weights)  # type: ignore[arg-type]
     return weights  # type: ignore[return-value]
 
 
@@ -50,7 +55,31 @@ def matched_parameters(model: nn.Module, config: ShiraConfig) -> list[nn.Paramet
     _check_all_match([*modules, *(name for name, _ in parameters)], config, "module or parameter")
     if not found:
         raise ValueError(f"target_modules: {config.target_modules!r} matches no module or parameter of the model")
+    _warn_of_rest(model, config, found)
     return list(dict.fromkeys(found))
+
+
+def _warn_of_rest(model: nn.Module, config: ShiraConfig, weights: Sequence[nn.Parameter]) -> None:
+    """Warns if "all-linear" leaves out much that is a matrix, but not a linear layer's: fused experts, say."""
+    if config.target_modules != ALL_LINEAR:
+        return
+    passed, output = set(weights), _output_of(model)
+    for module in model.modules():
+        if isinstance(module, _NOT_MEANT) or module is output:
+            passed.update(module.parameters(recurse=False))
+    # Parameters of the form [1, ...] are positions and tokens, those of one dimension norms and biases.
+    known = {name: each for name, each in model.named_parameters() if not nn.parameter.is_lazy(each)}
+    rest = {
+        canonical(name): each.numel()
+        for name, each in known.items()
+        if each not in passed and each.dim() > 1 and each.shape[0] > 1 and each.is_floating_point()
+    }
+    count, total = sum(rest.values()), sum(each.numel() for each in known.values())
+    if count > _MUCH * total:
+        warn(
+            f'"all-linear" leaves out {count / total:.0%} of the model, {count} entries that no linear layer holds: '
+            f"{some_of(list(rest))}. mask_gradients trains them by name"
+        )
 
 
 def _matched_modules(model: nn.Module, config: ShiraConfig) -> dict[str, nn.Module]:
@@ -58,13 +87,14 @@ def _matched_modules(model: nn.Module, config: ShiraConfig) -> dict[str, nn.Modu
     # A layer inside a wrapper of PEFT comes after the wrapper, and takes its name.
     named = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
     if config.target_modules == ALL_LINEAR:
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        return {
-            name: module
-            for name, module in named.items()
-            if is_linear(module) and module is not output and not is_bypassed(module)
-        }
+        output = _output_of(model)
+        return {name: module for name, module in named.items() if is_linear(module) and module is not output}
     return {name: module for name, module in named.items() if _matches(name, config)}
+
+
+def _output_of(model: nn.Module) -> nn.Module | None:
+    """A transformers model's head."""
+    return getattr(model, "get_output_embeddings", lambda: None)()  # type: ignore[no-any-return]
 
 
 def _check_all_match(names: Iterable[str], config: ShiraConfig, kind: str) -> None:

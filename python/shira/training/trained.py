@@ -9,14 +9,17 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from shira.files.errors import warn
 from shira.model.claims import claim
+from shira.model.names import some_of
 from shira.training.taps import csr_of
 from shira.training.vectors import Slice, Values, place, precise
 from shira_kernels import scatter_apply
@@ -34,6 +37,8 @@ class TrainedWeight:
         name: the weight's name in the bare model.
         owner: the first module with that weight, which holds values, indices and base.
         role: the weight's name in the owner.
+        attached: the weight as `attach` found it, whatever the owner has now.
+        is_met: whether it was used in a graph, or an optimizer stepped.
         dense: whether the weight itself gets a gradient, from which that of the values is gathered.
         csr: (row_ptr, col) of the entries for `masked_grad`, if a module needs them.
         foreign: whether the values lie in memory that was given to them through `.data`, which others may write unseen.
@@ -45,6 +50,8 @@ class TrainedWeight:
         self.values_name, self.indices_name, self.base_name = (
             f"shira_{vector}{suffix}" for vector in ("values", "indices", "base")
         )
+        self._find_weight()
+        self._shape = self.attached.shape
         self.csr: tuple[torch.Tensor, torch.Tensor] | None = None
         self.foreign = False
         self._wants_csr = False
@@ -56,6 +63,9 @@ class TrainedWeight:
         self._used = False  # in a graph that can give a gradient, since the values were written
         self._steps_are_seen = False  # an optimizer that calls step hooks has them
         self._gather: RemovableHandle | None = None
+        self.is_met = False
+        self._reduced_by: weakref.ref[nn.Module] | None = None  # the DistributedDataParallel that ran it last
+        self.check_model: Callable[[], None] | None = None  # called before the first use, if there is a handle
 
         values, indices, base = (own.vector() for own in slices)
         owner.register_parameter(self.values_name, Values(values))
@@ -65,9 +75,11 @@ class TrainedWeight:
 
     @property
     def weight(self) -> torch.Tensor:
-        weight = self.owner._parameters[self.role]
-        assert weight is not None
-        return weight
+        """The weight. Raises RuntimeError if it was replaced or resized since `attach`."""
+        if self.owner._parameters.get(self.role) is not self.attached:
+            self.refuse_another_weight()
+        self.check_shape()
+        return self.attached
 
     @property
     def values(self) -> nn.Parameter:
@@ -134,8 +146,51 @@ class TrainedWeight:
         self._note()
 
     def note_use(self) -> None:
-        """Notes that the values take part in a graph."""
+        """Notes that the values take part in a graph. Raises RuntimeError if they cannot be trained in it."""
+        if not self.is_met:
+            self._check_first_use()
         self._used = True
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is not None and (self._reduced_by is None or self._reduced_by() is not wrapper):
+            alone = wrapper.process_group.size() == 1
+            if not alone and all(parameter is not self.values for parameter in wrapper._module_parameters):
+                raise RuntimeError(
+                    f"{self.name}: DistributedDataParallel was made before attach, and would let the processes' values "
+                    "drift apart: attach to the bare model, then wrap it"
+                )
+            self._reduced_by = weakref.ref(wrapper)
+
+    def _check_first_use(self) -> None:
+        weight = self.weight
+        if weight.requires_grad and not self.dense:
+            raise RuntimeError(f"{self.name}: requires_grad was set after attach, which would train the whole weight")
+        if self.check_model is not None:
+            self.check_model()
+        self.is_met = True
+
+    def _find_weight(self) -> None:
+        weight = self.owner._parameters[self.role]
+        assert weight is not None
+        self.attached = weight
+
+    def check_shape(self) -> None:
+        """Raises RuntimeError if the weight was resized since `attach`."""
+        if self.attached.shape != self._shape:
+            self.refuse_another_weight()
+
+    def refuse_another_weight(self) -> NoReturn:
+        """Raises RuntimeError."""
+        raise RuntimeError(
+            f"{self.name}: the weight was replaced or resized after attach (by tie_weights, resize_token_embeddings, "
+            "a parametrization, fully_shard or functional_call): do that before attach"
+        )
+
+    def refuse_transforms(self) -> NoReturn:
+        """Raises RuntimeError."""
+        raise RuntimeError(
+            f"{self.name}: torch.func transforms (grad, vmap, jvp) cannot go through trained entries: "
+            "use autograd, or detach the handle first"
+        )
 
     def after_step(self) -> None:
         """Does what a step of an optimizer that has the values asks for."""
@@ -146,6 +201,7 @@ class TrainedWeight:
 
     def bind(self) -> None:
         """Ties the parameters to this: a new one (after deepcopy, load_state_dict(assign=True)) lacks that."""
+        self._find_weight()
         if type(self.values) is nn.Parameter:
             self.values.__class__ = Values  # type: ignore[assignment]
         self.values.shira_target = self  # type: ignore[attr-defined]
@@ -228,6 +284,7 @@ class TrainedWeight:
         held = [own if own.holds(vector, fn) else None for own, vector in zip(self._slices, vectors, strict=True)]
         values.grad = None
         move()
+        self._find_weight()
         if not self.weight.is_contiguous():
             self.weight.data = self.weight.data.contiguous()  # moved to channels_last: entries are flat positions
         values = self.values
@@ -267,7 +324,8 @@ class TrainedWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         # torch cannot unpickle tensors of uint16, as columns are.
-        return {**self.__dict__, "_gather": None, "_marker": None, "csr": None}
+        gone = ("attached", "_gather", "_marker", "_reduced_by", "check_model", "csr")
+        return {**self.__dict__, **dict.fromkeys(gone)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -300,11 +358,21 @@ class _StepHook:
 
     @staticmethod
     def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        missed = []
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 trained = getattr(parameter, "shira_target", None)
                 if isinstance(trained, TrainedWeight) and trained.values is parameter:
                     trained.after_step()
+                    if not trained.is_met:  # by the first step
+                        trained.is_met = True
+                        if parameter.grad is None and not trained.dense:
+                            missed.append(trained.name)
+        if missed:
+            warn(
+                f"{some_of(missed)} had no part in the forwards before the first step. A weight that the model reads "
+                "otherwise than by calling its layer or by `layer.weight` is not trained: use mask_gradients"
+            )
 
 
 @torch.no_grad()
