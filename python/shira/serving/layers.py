@@ -58,7 +58,8 @@ class _UnfusedLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.is_nested:
             raise ValueError(
-                "batch: nested tensors have no rows for names: pad them, or pack them with a name per token"
+                f"batch: {self.shira_name!r} got a nested tensor: give its values as one packed sequence, a name for "
+                "each token, and rows='packed'"
             )
         table, rows = self.shira_table, self.shira_rows
         if torch.compiler.is_compiling():

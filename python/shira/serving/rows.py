@@ -192,8 +192,6 @@ class Rows:
                 f"batch: `rows` gave {said!r} for {layer.shira_name!r}; it must be one of {', '.join(LAYOUTS)}, or a "
                 "row for each token"
             )
-        if x.is_nested:  # which has no number of tokens
-            raise self._misfit(x, layer)
         count, tokens = self.slots.shape[0], x.shape[:-1].numel()
         if said == "second":
             fits = x.dim() in (2, 3) and x.shape[-2] == count
@@ -226,11 +224,6 @@ class Rows:
     def _misfit(self, x: torch.Tensor, layer: Layer) -> ValueError:
         """Gives the error of an input that has not the batch's rows where the layout says."""
         count, name = self.slots.shape[0], layer.shira_name
-        if x.is_nested:
-            return ValueError(
-                f"batch: {name!r} got a nested tensor: give its values as one packed sequence, a name for each token, "
-                "and rows='packed'"
-            )
         ways = []
         if x.dim() > 1 and x.shape[0] % count == 0:
             ways.append(
