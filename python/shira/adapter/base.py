@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,16 +12,20 @@ from torch import nn
 
 from shira.adapter.checksum import checksum_of
 from shira.adapter.tensor import AdapterTensor
-from shira.files.checkpoint import Base, open_tensors
+from shira.files.checkpoint import Base, TensorFolder, open_tensors
 from shira.files.errors import ArgumentError, Piece, warn
-from shira.model.names import canonical, state_buffers, state_names
+from shira.model.conversions import model_of
+from shira.model.names import HELD, canonical, canonical_in, state_buffers, state_names
+from shira.model.placement import Layout
 from shira_kernels.bits import gathered
 
 
 class BaseTensors(Mapping[str, torch.Tensor]):
     """A base's tensors by canonical name, in its order; those on disk are read when they are asked for.
 
-    Nothing that was read is kept, so a base may hold more than memory does.
+    A tensor is found by other names too, which are not listed: those of the model that loads a checkpoint, if the
+    config.json beside it says which, and those of its checkpoints, if the base is a model. It is then put together of
+    the base's own, as merged experts are. One tensor of a model that was put together is kept until the next is.
 
     Args:
         base: a model whose weights hold it, its state dict, or the path of a safetensors file or of a folder of them.
@@ -32,19 +37,90 @@ class BaseTensors(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, base: Base, argument: str = "base") -> None:
-        self._tensors, self._argument = open_tensors(base, argument), argument
-        self._own = {canonical(own): own for own in self._tensors}
+        self._tensors, self._argument, self._base = open_tensors(base, argument), argument, base
+        bare = canonical_in(base) if isinstance(base, nn.Module) else canonical
+        self._own = {bare(own): own for own in self._tensors}
+        self._aliases: dict[str, str] = {}  # of a file, which has such a tensor once
+        if isinstance(self._tensors, TensorFolder):
+            self._aliases = {canonical(name): canonical(kept) for name, kept in self._tensors.aliases.items()}
         self._first_uses: dict[str, str] | None = None
         if isinstance(base, nn.Module):
             first = state_names(base)
             state = itertools.chain(base.named_parameters(remove_duplicate=False), state_buffers(base))
-            self._first_uses = {canonical(own): first[tensor] for own, tensor in state}
+            self._first_uses = {bare(own): first[tensor] for own, tensor in state}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[self._own[name]].detach()
+        name = self.kept_name(name)
+        if name in self._own:
+            return self._tensors[self._own[name]].detach()
+        if self.layout is None:
+            raise KeyError(name)
+        return self.layout.assembled(name, self.__getitem__)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return isinstance(name, str) and bool(self.own_names(name))
+
+    @functools.cached_property
+    def layout(self) -> Layout | None:
+        """Where names and positions of the model and of its checkpoints lie in the base; None if nothing tells."""
+        if isinstance(self._base, nn.Module):
+            return Layout(self._base)
+        if isinstance(self._tensors, TensorFolder) and (model := model_of(self._tensors.path)) is not None:
+            shapes = {name: self.shape_of(name) for name in self._own}
+            return Layout(model, {name: shape for name, shape in shapes.items() if shape is not None})
+        return None
+
+    def as_loaded(self) -> BaseTensors:
+        """The same base with the names and in the form of the model that loads it, of which tensors are put together
+        when they are asked for; itself if it is no checkpoint, or nothing tells of which model."""
+        if not isinstance(self._tensors, TensorFolder) or self.layout is None:
+            return self
+        loaded = BaseTensors(self.layout.loaded(self.__getitem__), self._argument)
+        loaded.layout = Layout(self.layout.model)
+        return loaded
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """The shape of one of the base's own tensors; None if a file lacks what its index says is in it."""
+        if not isinstance(self._tensors, TensorFolder):
+            return tuple(self[name].shape)
+        try:
+            return self._tensors.shape(self._own[name])
+        except ValueError:
+            return None
+
+    def of_shape(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor of this name that has this shape: a base and its other form may have one name for two, as of
+        experts that are transposed at load. Without such a one, the base's own."""
+        own = self[name]
+        if tuple(own.shape) == shape or self.layout is None:
+            return own
+        found = self.layout.find(name, shape)
+        if found is None or found.shape != shape:
+            return own
+        return self.layout.assembled(name, self.__getitem__, shape)
+
+    def has(self, name: str) -> bool:
+        """Whether it is the canonical name of a tensor that the base itself has."""
         return name in self._own
+
+    def kept_name(self, name: str) -> str:
+        """The base's own spelling of a canonical name: where a file notes it as another name of a tensor, that of the
+        tensor; with or without the `module.` of DistributedDataParallel; of a name that it lacks the name itself."""
+        for spelling in (name, self._aliases.get(name, name), f"{HELD}.{name}", name.removeprefix(f"{HELD}.")):
+            if spelling in self._own:
+                return spelling
+        return name
+
+    def own_names(self, name: str) -> list[str]:
+        """The canonical names of the base's tensors that hold a part of the one of this name; none if it lacks any."""
+        name = self.kept_name(name)
+        if name in self._own:
+            return [name]
+        placed = None if self.layout is None else self.layout.find(name)
+        if self.layout is None or placed is None:
+            return []
+        found = {inside: self.layout.own(inside) for inside, _ in placed.parts}
+        return list(dict.fromkeys(own for parts in found.values() for own, _ in parts)) if all(found.values()) else []
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._own)
@@ -61,12 +137,12 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         use. Raises ValueError if the base lacks it."""
         wanted = canonical(name)
         if self._first_uses is not None:
-            wanted = self._first_uses.get(wanted, "")
-            if wanted not in self._own:
+            wanted = self._first_uses.get(wanted, "" if wanted in self._own else wanted)
+            if wanted not in self:
                 raise ValueError(f"the model has no parameter or buffer {name!r}")
-        elif wanted not in self._own:
+        elif wanted not in self:
             raise ValueError(f"{name}: the base has no tensor of this name")
-        return wanted
+        return self.kept_name(wanted)
 
     def check_names(self) -> None:
         """Refuses with ValueError a base that has two tensors of one canonical name."""
@@ -80,9 +156,10 @@ class BaseTensors(Mapping[str, torch.Tensor]):
             seen[name] = own
 
     def aliases(self) -> dict[str, str]:
-        """Of tensors that share their memory with an earlier one, the name of the first; of a base in memory only."""
+        """Names of tensors that are another one, and the name of that: of a base in memory those that share their
+        memory with an earlier one, of a file those that it notes, and does not list."""
         if not isinstance(self._tensors, dict):  # of a file: tensors there have memory of their own
-            return {}
+            return dict(self._aliases)
         first: dict[tuple[Any, ...], str] = {}
         aliases = {}
         for name, tensor in self.items():

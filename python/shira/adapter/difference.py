@@ -17,7 +17,7 @@ from shira.files.checkpoint import Base
 from shira.files.errors import Argument, ArgumentError, Piece, warn
 from shira.files.progress import Progress, no_progress
 from shira_kernels import extract_changed, topk_indices
-from shira_kernels.bits import gathered
+from shira_kernels.bits import as_bits, gathered
 from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 
 # Above this share of changed entries a tensor is called not sparse. At 10 % of a bfloat16 tensor 97 % of its memory
@@ -76,7 +76,9 @@ def diff(
     energies: Energies = {}
     for done, name in enumerate(names):
         progress(done, len(names), name)
-        tensor, energy = changes(name, old[name], new[name], top)
+        before = old[name]
+        tensor, energy = changes(name, before, new.of_shape(name, tuple(before.shape)), top)
+        del before  # before the next is read
         if tensor is not None:
             tensors[name] = tensor
             energies[name] = energy
@@ -114,11 +116,25 @@ def _common_names(base: BaseTensors, tuned: BaseTensors, common: bool) -> list[s
             raise ArgumentError(
                 f"{what} the tensor {missing[0]!r}{more}; compare those that both have with ", Argument("common")
             )
+    for name in tuned:
+        _check_once(name, base, tuned)
     both = [name for name in base if name in tuned]
     if not both:
         raise ValueError("base and tuned have no tensor of the same name")
-    # Tied on both sides to the same tensor: kept once.
-    return [name for name in both if name not in aliases or aliases[name] != others.get(name)]
+    # Tied on both sides to the same tensor: kept once. A side that lists only the first name of a tie has it too.
+    return [name for name in both if name not in aliases or (tuned.has(name) and aliases[name] != others.get(name))]
+
+
+def _check_once(name: str, base: BaseTensors, tuned: BaseTensors) -> None:
+    """Refuses a tensor of tuned that base has under another name only, if tuned has that too, and it differs."""
+    if base.has(name):
+        return
+    for other in base.own_names(name):
+        if not tuned.has(other):
+            continue
+        one, two = tuned[name].contiguous(), tuned[other].contiguous()
+        if one.dtype != two.dtype or not torch.equal(as_bits(one), as_bits(two)):
+            raise ValueError(f"{name}: base has it and {other!r} as one tensor, and in tuned they differ")
 
 
 def changes(

@@ -13,6 +13,7 @@ import torch
 from shira.adapter.adapter import Adapter
 from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of
 from shira.adapter.checksum import checksum_of
+from shira.adapter.placed import placed
 from shira.adapter.tensor import AdapterTensor, check_strengths
 from shira.files.checkpoint import Base
 from shira.files.errors import Argument, ArgumentError, Piece
@@ -77,6 +78,10 @@ def fuse(
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
     weights = None if base is None else BaseTensors(base)
+    if weights is not None:
+        for position, (name, adapter, strength) in enumerate(loaded):
+            argument = (Argument("adapters", position), ": ")
+            loaded[position] = name, placed(adapter, weights, force=force, argument=argument), strength
     by_name: dict[str, list[_Summand]] = {}
     for position, (_, adapter, strength) in enumerate(loaded):
         for name, (label, tensor) in _by_name(adapter, weights).items():

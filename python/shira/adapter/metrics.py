@@ -19,7 +19,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from shira.adapter.adapter import Adapter
+from shira.adapter.base import BaseTensors
 from shira.adapter.fusion import deltas
+from shira.adapter.placed import placed
 from shira.adapter.tensor import AdapterTensor
 from shira.files.checkpoint import Base
 from shira.model.names import canonical
@@ -217,7 +219,8 @@ def energy_of(tensor: AdapterTensor | None) -> float:
 def _loaded(source: Source, base: Base | None) -> Adapter:
     if not isinstance(source, (Adapter, str, os.PathLike)):
         raise ValueError(f"an adapter must be an Adapter or the path of its file, got {source!r}")
-    return source if isinstance(source, Adapter) else Adapter.load(source, base=base)
+    adapter = source if isinstance(source, Adapter) else Adapter.load(source, base=base)
+    return adapter if base is None else placed(adapter, BaseTensors(base))  # two adapters may name it differently
 
 
 def _by_name(adapter: Adapter) -> dict[str, AdapterTensor]:

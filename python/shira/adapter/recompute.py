@@ -25,7 +25,7 @@ def check_recomputable(tensors: Mapping[str, AdapterTensor], config: ShiraConfig
     assert base is not None
     weights = BaseTensors(base)
     for name, tensor in tensors.items():
-        check_base(name, tensor, entries_of(weights[weights.find(name)], tensor.indices))
+        check_base(name, tensor, entries_of(weights.of_shape(weights.find(name), tensor.shape), tensor.indices))
 
 
 def recomputed(
@@ -49,7 +49,7 @@ def recomputed(
         selection = Selection(config, {name: one.expand(tensor.shape) for name, tensor in tensors.items()})
         weights = BaseTensors(base)
         for name, tensor in tensors.items():
-            weight = weights[weights.find(name)]
+            weight = weights.of_shape(weights.find(name), tensor.shape)
             if tuple(weight.shape) != tensor.shape or weight.dtype != tensor.dtype:
                 found = f"{weight.dtype} {tuple(weight.shape)}"
                 raise ValueError(f"{name}: the adapter's tensor is {tensor.dtype} {tensor.shape}, the base's {found}")

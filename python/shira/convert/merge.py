@@ -16,6 +16,7 @@ from shira.adapter.adapter import Adapter, describe
 from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of
 from shira.adapter.checksum import checksum_of
 from shira.adapter.fusion import checked_strength
+from shira.adapter.placed import placed
 from shira.adapter.tensor import AdapterTensor, check_strengths
 from shira.files.checkpoint import Base, TensorFolder
 from shira.files.errors import AdapterFormatError, Argument, ArgumentError, warn
@@ -90,7 +91,7 @@ def fit_of(adapter: Adapter | str | os.PathLike[str], base: Base) -> Fit:
     for label, tensor in adapter.items():
         if canonical(label) not in weights:
             return Fit(False, f"another model: it has no tensor {label}")
-        weight = weights[canonical(label)]
+        weight = weights.of_shape(canonical(label), tensor.shape)
         try:
             check_fits(label, tensor, weight)
         except ValueError as error:
@@ -150,7 +151,12 @@ def merge_checkpoint(
     loaded = [_loaded(Argument("adapters", position), *pair, base) for position, pair in enumerate(adapters)]
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
-    changed = _by_tensor([adapter for adapter, _ in loaded], BaseTensors(folder))
+    weights = BaseTensors(folder)
+    loaded = [
+        (placed(adapter, weights, force=force_base, argument=(Argument("adapters", position), ": ")), strength)
+        for position, (adapter, strength) in enumerate(loaded)
+    ]
+    changed = _by_tensor([adapter for adapter, _ in loaded], weights)
     strengths = [strength for _, strength in loaded]
     for name, tensors in changed.items():
         uses = [(Argument("adapters", position), strengths[position]) for position in tensors]
@@ -224,7 +230,7 @@ def _by_tensor(adapters: Sequence[Adapter], weights: BaseTensors) -> dict[str, d
         argument = Argument("adapters", position)
         for label, tensor in adapter.items():
             name = canonical(label)
-            if name not in weights:
+            if not weights.has(name):
                 raise ArgumentError(argument, f": {label}: the base has no tensor of this name")
             by_adapter = found.setdefault(weights.own_name(name), {})
             if position in by_adapter:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from shira.adapter.adapter import Adapter
+from shira.adapter.base import BaseTensors
 from shira.adapter.difference import changes
 from shira.adapter.fusion import deltas
+from shira.adapter.placed import placed
 from shira.adapter.tensor import AdapterTensor
 from shira.convert.source import CONFIG, WEIGHTS, Found, Weights, check_count, peft_config, peft_tensors, whole
 from shira.files.checkpoint import Base, TensorFolder, save_tensors
@@ -122,13 +124,16 @@ def write_shira(adapter: Adapter, path: Path, base: Base | None, *, force: bool)
     """Writes a folder of PEFT. Without `force` a base is refused that the adapter was not made for."""
     if not adapter:
         raise ValueError("the adapter changes nothing, and PEFT loads no adapter without layers")
+    weights = None if base is None else BaseTensors(base).as_loaded()
+    if weights is not None:  # PEFT's names are those of the model in memory
+        adapter = placed(adapter, weights, force=force)
     for name, tensor in adapter.items():
         if len(tensor.shape) != 2 or not name.endswith(".weight"):
             raise ValueError(f"{name}: PEFT's SHiRA has weights of linear layers only, not a tensor of {tensor.shape}")
     rank = max((math.ceil(tensor.nnz / sum(tensor.shape)) for tensor in adapter.values()), default=1) or 1
     arrays: dict[str, torch.Tensor] = {}
     for (label, tensor), (name, (indices, values)) in zip(
-        adapter.items(), deltas(adapter, base, force=force).items(), strict=True
+        adapter.items(), deltas(adapter, weights, force=force).items(), strict=True
     ):
         count = rank * sum(tensor.shape)
         if count > tensor.numel:

@@ -68,10 +68,12 @@ class TensorFolder(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
+        self.path = folder
+        self._aliases: dict[str, str] = {}
         self._opened: tuple[Path, Any] | None = None  # the file that was read last
         self._read = 0  # bytes of its tensors
         if not folder.is_dir():
-            self._files = dict.fromkeys(_names(folder), folder)
+            self._files = dict.fromkeys(self._names(folder), folder)
             return
         if (folder / INDEX).exists() and (folder / SINGLE).exists():
             raise ValueError(f"{folder}: has both {SINGLE} and {INDEX}, which may hold different weights: remove one")
@@ -84,7 +86,7 @@ class TensorFolder(Mapping[str, torch.Tensor]):
         self._files = {}
         for path in paths:
             check_inside(folder, path)
-            for name in _names(path):
+            for name in self._names(path):
                 if name in self._files:
                     raise ValueError(f"{folder}: {name!r} is in {self._files[name].name} and in {path.name}")
                 self._files[name] = path
@@ -93,6 +95,12 @@ class TensorFolder(Mapping[str, torch.Tensor]):
     def files(self) -> Mapping[str, Path]:
         """The file that each tensor is in."""
         return self._files
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of tensors that are there under one, as `safetensors.torch.save_model` notes them: name -> that
+        of the tensor. They are not listed. Files that an index lists have none."""
+        return self._aliases
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with _as_value_errors(self._files[name], f"{name!r} cannot be read"):
@@ -106,6 +114,19 @@ class TensorFolder(Mapping[str, torch.Tensor]):
         """A tensor's shape, of which nothing else is read. Errors as for the tensor itself."""
         with _as_value_errors(self._files[name], f"{name!r} cannot be read"):
             return tuple(self._file_of(name).get_slice(name).get_shape())
+
+    def _names(self, path: Path) -> list[str]:
+        """The tensors of a file, whose aliases are noted."""
+        from safetensors import safe_open
+
+        check_regular(path)
+        with open(path, "rb"):  # for the usual OSError, with errno and path
+            pass
+        with _as_value_errors(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+        inside = set(names)
+        self._aliases |= {name: kept for name, kept in metadata.items() if kept in inside and name not in inside}
+        return names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -123,16 +144,6 @@ class TensorFolder(Mapping[str, torch.Tensor]):
             self._opened = path, safe_open(path, framework="pt")
             self._read = 0
         return self._opened[1]
-
-
-def _names(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    check_regular(path)
-    with open(path, "rb"):  # for the usual OSError, with errno and path
-        pass
-    with _as_value_errors(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
-        return list(file.keys())
 
 
 @contextmanager

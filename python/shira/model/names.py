@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-_WRAPPERS = ("base_layer", "_orig_mod")  # PEFT's tuner layers, torch.compile
+# Parts that wrappers put into names: PEFT's tuner layers, torch.compile, activation checkpointing, FSDP1.
+_WRAPPERS = ("base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# Wrappers whose part is a word that a model may have too, so that only a model itself tells: they hold it as `module`.
+_HOLDERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+HELD = "module"
 
 
 def canonical(name: str) -> str:
-    """The name in the bare model, without what PEFT (prefix `base_model.model.`) and torch.compile add."""
+    """The name in the bare model, without what PEFT (prefix `base_model.model.`), torch.compile, activation
+    checkpointing and FSDP add."""
     bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     return bare.removeprefix("base_model.model.")
 
 
+def canonical_in(model: nn.Module) -> Callable[[str], str]:
+    """As `canonical`, for names of this model, also without the `module.` of DistributedDataParallel, DataParallel and
+    AveragedModel."""
+    held = [
+        f"{path}.{HELD}" if path else HELD for path, module in model.named_modules() if isinstance(module, _HOLDERS)
+    ]
+
+    def bare(name: str) -> str:
+        for path in reversed(held):  # the inner ones first, whose paths hold the outer ones' part
+            if name == path or name.startswith(f"{path}."):
+                name = (path[: -len(HELD)] + name[len(path) + 1 :]).removesuffix(".")
+        return canonical(name)
+
+    return bare if held else canonical
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside of all wrappers, or the model itself."""
+    bare, found = canonical_in(model), model
+    for path, module in model.named_modules():
+        if path and bare(f"{path}.x") == "x":
+            found = module
+    return found
+
+
 def first_names(model: nn.Module) -> dict[torch.Tensor, str]:
     """The canonical name of each parameter; a tied one has its first."""
-    return {parameter: canonical(name) for name, parameter in model.named_parameters()}
+    bare = canonical_in(model)
+    return {parameter: bare(name) for name, parameter in model.named_parameters()}
 
 
 def resolve(model: nn.Module, name: str) -> nn.Parameter:
@@ -29,9 +61,12 @@ def resolve(model: nn.Module, name: str) -> nn.Parameter:
             return model.get_parameter(candidate)
         except AttributeError:
             pass
-    for own, parameter in model.named_parameters(remove_duplicate=False):
-        if canonical(own) == wanted:
-            return parameter
+    bare = canonical_in(model)
+    own = {bare(own): parameter for own, parameter in model.named_parameters(remove_duplicate=False)}
+    # Saved from DistributedDataParallel, whose part is left out only where the model has no such name itself.
+    for candidate in (wanted, bare(name), wanted.removeprefix(f"{HELD}.")):
+        if candidate in own:
+            return own[candidate]
     raise ValueError(f"the model has no parameter {name!r}")
 
 
@@ -45,9 +80,9 @@ def state_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def state_names(model: nn.Module) -> dict[torch.Tensor, str]:
     """The canonical name of each parameter, then of each buffer of the state dict; a tied one has its first."""
-    names = first_names(model)
+    names, bare = first_names(model), canonical_in(model)
     for own, buffer in state_buffers(model):
-        names.setdefault(buffer, canonical(own))
+        names.setdefault(buffer, bare(own))
     return names
 
 
@@ -57,9 +92,10 @@ def resolve_state(model: nn.Module, name: str) -> torch.Tensor:
     try:
         return resolve(model, name)
     except ValueError:
-        wanted = canonical(name)
+        bare = canonical_in(model)
+        wanted = {canonical(name), bare(name)}
         for own, buffer in state_buffers(model):
-            if canonical(own) == wanted:
+            if bare(own) in wanted:
                 return buffer
         raise ValueError(f"the model has no parameter or buffer {name!r}") from None
 

@@ -14,6 +14,7 @@ from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits
 from shira.adapter.checksum import checksum_of
 from shira.adapter.fusion import checked_strength
+from shira.adapter.placed import placed_in_model
 from shira.adapter.tensor import check_strengths
 from shira.model.claims import check_claim, claim
 from shira.model.modules import sharded
@@ -137,6 +138,7 @@ class Registry:
         Raises ValueError and RuntimeError as `ResidentAdapters.add` and `ResidentAdapters.switch` do.
         """
         self._put_back_buffers(self.homes)
+        adapter = self._in_model(adapter, kept, force)
         first = state_names(self.model)
         rank = {weight: i for i, weight in enumerate(first)}
         names = self._names_by_weight(adapter, first)
@@ -178,6 +180,15 @@ class Registry:
             )
             pieces.setdefault(key, []).append(piece if home == key[1] else piece.pinned())
         return pieces
+
+    def _in_model(self, adapter: Adapter, kept: Kept, force: bool) -> Adapter:
+        """Gives an adapter of a checkpoint the model's names and positions; one that has them stays as it is."""
+
+        def entries(name: str, indices: torch.Tensor) -> torch.Tensor:
+            weight = resolve_state(self.model, name)
+            return base_entries(weight, indices.to(weight.device), kept)
+
+        return placed_in_model(adapter, self.model, entries, force=force)
 
     def _names_by_weight(self, adapter: Adapter, first: Mapping[torch.Tensor, str]) -> dict[torch.Tensor, str]:
         """Gives the adapter's name of each weight that it changes, all of which it may change."""

@@ -18,13 +18,14 @@ from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits, entries_of
 from shira.adapter.checksum import checksum_of
 from shira.adapter.header import check_name
+from shira.adapter.placed import placed_in_model
 from shira.adapter.tensor import AdapterTensor
 from shira.masks.calibrate import Loss, calibrate
 from shira.masks.choose import choose_entries
 from shira.masks.config import ShiraConfig
 from shira.model.claims import check_claim
 from shira.model.modules import Users, sharded, users_of
-from shira.model.names import first_names
+from shira.model.names import canonical_in, first_names
 from shira.training.buffers import TrainedBuffer, moved_by, trained_buffers, warn_of_scripted
 from shira.training.distributed import check_bare, ignore_in_ddp, reduce_again_in_ddp
 from shira.training.layers import Attached, check_forwards, make_attached, mixin_of, restore_classes
@@ -65,9 +66,9 @@ class Handle:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Gives what is trained by its name in the model: an [nnz] vector for each weight, and modules_to_save."""
         model = self._attached_model
-        values = {trained.values for trained in self._weights}
+        values, bare = {trained.values for trained in self._weights}, canonical_in(model)
         for name, parameter in model.named_parameters():
-            if parameter in values or is_saved(name, self._saved):
+            if parameter in values or is_saved(bare(name), self._saved):
                 yield name, parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -260,6 +261,7 @@ def attach_with(
     elif calibration is not None:
         raise ValueError("calibration goes with a ShiraConfig: an adapter has its entries")
     elif isinstance(what, Adapter):
+        what = placed_in_model(what, model)
         moved = moved_by(what, trained_buffers(model, saved))
         by_name = weights_of(model, [name for name, tensor in what.items() if tensor not in moved.values()])
         mixins = _mixins(model, list(by_name.values()), users, becomes)
@@ -276,8 +278,9 @@ def attach_with(
 
     # Nothing was changed so far.
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    bare = canonical_in(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_saved(name, saved))
+        parameter.requires_grad_(is_saved(bare(name), saved))
         if not parameter.requires_grad:
             parameter.grad = None  # an optimizer that has the parameter would still use it
     for buffer in buffers:

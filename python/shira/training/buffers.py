@@ -18,7 +18,7 @@ from shira.adapter.header import check_name
 from shira.adapter.tensor import AdapterTensor
 from shira.files.errors import warn
 from shira.model.claims import claim
-from shira.model.names import canonical
+from shira.model.names import canonical, canonical_in
 from shira.training.matching import is_saved
 from shira_kernels import extract_changed, scatter_apply
 from shira_kernels.dtypes import ARITHMETIC
@@ -107,19 +107,19 @@ def trained_buffers(model: nn.Module, saved: Sequence[str]) -> list[TrainedBuffe
 
     Other integers are left alone, for a quantized model's weights are such buffers; so are modules that are `saved`.
     """
-    found, seen = [], set[int]()
+    found, seen, bare = [], set[int](), canonical_in(model)
     for prefix, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # which takes no further buffer
         for role, buffer in module._buffers.items():
             own = f"{prefix}.{role}" if prefix else role
-            if buffer is None or role in module._non_persistent_buffers_set or is_saved(own, saved):
+            if buffer is None or role in module._non_persistent_buffers_set or is_saved(bare(own), saved):
                 continue
             if type(buffer) is not torch.Tensor or buffer.is_meta or id(buffer) in seen or buffer.is_inference():
                 continue
             if buffer.dtype in ARITHMETIC or buffer.numel() == 1:
                 seen.add(id(buffer))
-                found.append(TrainedBuffer(canonical(own), module, role))
+                found.append(TrainedBuffer(bare(own), module, role))
     return found
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from shira.files.errors import warn
 from shira.masks.config import ALL_LINEAR, ShiraConfig, names_match
 from shira.model.modules import is_linear
-from shira.model.names import canonical, first_names, resolve, some_of
+from shira.model.names import bare_model, canonical_in, first_names, resolve, some_of
 from shira.training.layers import mixin_of
 
 _NOT_MEANT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)  # by "all-linear"
@@ -49,7 +49,8 @@ def matched_parameters(model: nn.Module, config: ShiraConfig) -> list[nn.Paramet
         if weight is None:
             raise ValueError(f"{name}: {type(module).__name__} has no parameter 'weight': name the parameters")
         found.append(weight)  # type: ignore[arg-type]
-    parameters = [(canonical(name), parameter) for name, parameter in model.named_parameters()]
+    bare = canonical_in(model)
+    parameters = [(bare(name), parameter) for name, parameter in model.named_parameters()]
     if config.target_modules != ALL_LINEAR:
         found += [parameter for name, parameter in parameters if _matches(name, config)]
     _check_all_match([*modules, *(name for name, _ in parameters)], config, "module or parameter")
@@ -63,14 +64,14 @@ def _warn_of_rest(model: nn.Module, config: ShiraConfig, weights: Sequence[nn.Pa
     """Warns if "all-linear" leaves out much that is a matrix, but not a linear layer's: fused experts, say."""
     if config.target_modules != ALL_LINEAR:
         return
-    passed, output = set(weights), _output_of(model)
+    passed, output, bare = set(weights), _output_of(model), canonical_in(model)
     for module in model.modules():
         if isinstance(module, _NOT_MEANT) or module is output:
             passed.update(module.parameters(recurse=False))
     # Parameters of the form [1, ...] are positions and tokens, those of one dimension norms and biases.
     known = {name: each for name, each in model.named_parameters() if not nn.parameter.is_lazy(each)}
     rest = {
-        canonical(name): each.numel()
+        bare(name): each.numel()
         for name, each in known.items()
         if each not in passed and each.dim() > 1 and each.shape[0] > 1 and each.is_floating_point()
     }
@@ -85,7 +86,8 @@ def _warn_of_rest(model: nn.Module, config: ShiraConfig, weights: Sequence[nn.Pa
 def _matched_modules(model: nn.Module, config: ShiraConfig) -> dict[str, nn.Module]:
     """The modules that target_modules means, by name; aliases too."""
     # A layer inside a wrapper of PEFT comes after the wrapper, and takes its name.
-    named = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    bare = canonical_in(model)
+    named = {bare(name): module for name, module in model.named_modules(remove_duplicate=False)}
     if config.target_modules == ALL_LINEAR:
         output = _output_of(model)
         return {name: module for name, module in named.items() if is_linear(module) and module is not output}
@@ -94,7 +96,7 @@ def _matched_modules(model: nn.Module, config: ShiraConfig) -> dict[str, nn.Modu
 
 def _output_of(model: nn.Module) -> nn.Module | None:
     """A transformers model's head."""
-    return getattr(model, "get_output_embeddings", lambda: None)()  # type: ignore[no-any-return]
+    return getattr(bare_model(model), "get_output_embeddings", lambda: None)()  # type: ignore[no-any-return]
 
 
 def _check_all_match(names: Iterable[str], config: ShiraConfig, kind: str) -> None:
@@ -133,9 +135,9 @@ def modules_to_save(model: nn.Module, config: ShiraConfig, weights: Sequence[nn.
 
     Raises ValueError if an entry means no parameters, one of these weights, or one that is not floating point.
     """
-    trained = set(weights)
+    trained, bare = set(weights), canonical_in(model)
     for entry in config.modules_to_save:
-        found = [parameter for name, parameter in model.named_parameters() if is_saved(name, [entry])]
+        found = [parameter for name, parameter in model.named_parameters() if is_saved(bare(name), [entry])]
         if not found:
             raise ValueError(f"modules_to_save: {entry!r} matches no module with parameters")
         if any(parameter in trained or not parameter.is_floating_point() for parameter in found):
@@ -144,6 +146,6 @@ def modules_to_save(model: nn.Module, config: ShiraConfig, weights: Sequence[nn.
 
 
 def is_saved(parameter_name: str, entries: Sequence[str]) -> bool:
-    """Whether a parameter lies in a module that one of the entries names."""
-    path = canonical(parameter_name).split(".")[:-1]
+    """Whether a parameter, given by its canonical name, lies in a module that one of the entries names."""
+    path = parameter_name.split(".")[:-1]
     return any(names_match(".".join(path[: i + 1]), entries) for i in range(len(path)))
