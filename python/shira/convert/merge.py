@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from shira.adapter.adapter import Adapter, describe
-from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of
+from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of, same_bits
 from shira.adapter.checksum import checksum_of
 from shira.adapter.fusion import checked_strength
 from shira.adapter.placed import placed
-from shira.adapter.tensor import AdapterTensor, check_strengths
+from shira.adapter.tensor import AdapterTensor, check_strengths, same_entries
 from shira.files.checkpoint import Base, TensorFolder
 from shira.files.errors import AdapterFormatError, Argument, ArgumentError, warn
 from shira.files.output import check_apart, check_free, check_replaceable, written_whole
@@ -158,6 +158,7 @@ def merge_checkpoint(
     ]
     changed = _by_tensor([adapter for adapter, _ in loaded], weights)
     strengths = [strength for _, strength in loaded]
+    _warn_of_twins(changed, weights)
     for name, tensors in changed.items():
         uses = [(Argument("adapters", position), strengths[position]) for position in tensors]
         check_strengths(name, tensors[min(tensors)].dtype, uses)
@@ -223,20 +224,39 @@ def _warn_of_unknown(adapters: Sequence[Adapter]) -> None:
             warn(Argument("adapters", position), reason)
 
 
+def _warn_of_twins(changed: Mapping[str, object], weights: BaseTensors) -> None:
+    """Where nothing tells what is tied: tensors that stay as they are, though they hold what changed ones do."""
+    written = set(changed)
+    for name in map(canonical, changed):
+        for other in weights.alike(name):
+            if weights.layout is not None or weights.own_name(other) in written:
+                continue
+            weight = weights[name]
+            if same_bits(weight, weights[other]) and not same_bits(weight, weight.view(-1)[:1].expand_as(weight)):
+                warn(
+                    f"{name} and {other} hold the same in the base, and only the first is changed: no config.json of a "
+                    "model that transformers has tells whether they are tied"
+                )
+
+
 def _by_tensor(adapters: Sequence[Adapter], weights: BaseTensors) -> dict[str, dict[int, AdapterTensor]]:
     """The checkpoint's name -> position of the adapter -> what it has of the tensor, in the checkpoint's order."""
     found: dict[str, dict[int, AdapterTensor]] = {}
     for position, adapter in enumerate(adapters):
-        argument = Argument("adapters", position)
+        argument, named = Argument("adapters", position), set[str]()
         for label, tensor in adapter.items():
             name = canonical(label)
             if not weights.has(name):
                 raise ArgumentError(argument, f": {label}: the base has no tensor of this name")
-            by_adapter = found.setdefault(weights.own_name(name), {})
-            if position in by_adapter:
-                own = weights.own_name(name)
+            copies = weights.copies(name)
+            if copies[0] in named:
+                own = weights.own_name(copies[0])
                 raise ArgumentError(argument, f": {label}: the adapter names the tensor {own!r} twice")
-            by_adapter[position] = tensor
+            named.add(copies[0])
+            for own in map(weights.own_name, copies):
+                by_adapter = found.setdefault(own, {})
+                if not same_entries(by_adapter.setdefault(position, tensor), tensor):
+                    raise ArgumentError(argument, f": {label}: the adapter names {own!r} too, and with other entries")
     return {name: found[name] for name in map(weights.own_name, weights) if name in found}
 
 
