@@ -263,9 +263,20 @@ def test_two_adapters_that_name_a_tie_differently_meet(base: Path, tmp_path: Pat
     bank.switch({"one": 0.5, "other": 0.25})
     shira.merge_checkpoint(tmp_path / "both", [(one, 0.5), (other, 0.25)], tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged")), logits(model))
-    both = Adapter({EMBED: one[EMBED], HEAD: other[HEAD]})
-    with pytest.raises(ValueError, match=r"the adapter names '.*' too, and with other entries"):
-        shira.merge_checkpoint(tmp_path / "both", [(both, 1.0)], tmp_path / "refused")
+    # Two names in one adapter are refused, as in a bank, also if they do the same: they might be meant to meet.
+    for second in (one[EMBED], other[HEAD]):
+        both = Adapter({EMBED: one[EMBED], HEAD: second})
+        with pytest.raises(ValueError, match=r"the adapter names the tensor '.*' twice"):
+            shira.merge_checkpoint(tmp_path / "both", [(both, 1.0)], tmp_path / "refused")
+        with pytest.raises(ValueError, match=r"twice"):
+            ResidentAdapters(load(base)).add("both", both, force=True)
+    # Fused with the base at hand, they meet.
+    for folder in (base, tmp_path / "both"):
+        fused = shira.fuse([(one, 0.5), (adapter_of(base, HEAD, "add"), 0.5)], base=folder)
+        assert len(fused) == 1
+        shira.merge_checkpoint(folder, [(fused, 1.0)], tmp_path / f"fused-{folder.name}")
+        expected = switched(load(base), one)
+        torch.testing.assert_close(logits(load(tmp_path / f"fused-{folder.name}")), expected)
 
 
 @pytest.mark.parametrize(("other", "tied"), [(0.5, True), (0.0, False), (0.5, False)])
@@ -361,3 +372,43 @@ def test_a_second_name_that_a_file_notes_is_read(base: Path, tmp_path: Path, nam
     tuned_by_peft(base, ONE_USE["shira, saved head"](), tmp_path / "peft")
     with pytest.raises(ValueError, match=r"changes lm_head.weight and not model.embed_tokens.weight, which are one"):
         convert.read(tmp_path / "peft", path)
+
+
+@pytest.mark.parametrize("case", ["saved head", "both saved, untied", "lora on the head", "shira on the head"])
+def test_a_folder_whose_two_tensors_differ_is_untied_whatever_its_config_says(
+    base: Path, tmp_path: Path, case: str
+) -> None:
+    with_both(base, tmp_path / "both", sharded=False, other=0.5)
+    expected = tuned_by_peft(tmp_path / "both", ONE_USE[case](), tmp_path / "peft")
+    found = convert.read(tmp_path / "peft", tmp_path / "both", trust_base=True)
+    torch.testing.assert_close(switched(load(tmp_path / "both"), found), expected, atol=1e-4, rtol=1e-4)
+    shira.merge_checkpoint(tmp_path / "both", [(found, 1.0)], tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "lm_head.weight", "decoder.embed_tokens.weight"])
+def test_a_tie_of_four_names_is_patched_under_all(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    kind = transformers.T5ForConditionalGeneration
+    kind(config).save_pretrained(tmp_path / "base")
+    state = load_file(tmp_path / "base/model.safetensors")
+    names = ["shared.weight", "lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+    state |= {other: state["shared.weight"].clone() for other in names}
+    save_file(state, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_of(tmp_path / "base", name)
+    shira.merge_checkpoint(tmp_path / "base", [(adapter, 1.0)], tmp_path / "merged")
+
+    def outputs(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(input_ids=IDS, decoder_input_ids=IDS).logits  # type: ignore[no-any-return]
+
+    expected = kind.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        expected.shared.weight.view(-1)[adapter[name].indices.long()] = adapter[name].values
+    merged = kind.from_pretrained(tmp_path / "merged")
+    assert merged.lm_head.weight is merged.shared.weight
+    assert torch.equal(outputs(merged), outputs(expected))

@@ -142,7 +142,9 @@ class BaseTensors(Mapping[str, torch.Tensor]):
                 raise ValueError(f"the model has no parameter or buffer {name!r}")
         elif wanted not in self:
             raise ValueError(f"{name}: the base has no tensor of this name")
-        return self.kept_name(wanted)
+        kept = self.kept_name(wanted)
+        copies = self.copies(kept) if kept in self._own else [kept]
+        return copies[0] if len(copies) == 1 else min(copies, key=list(self._own).index)
 
     def check_names(self) -> None:
         """Refuses with ValueError a base that has two tensors of one canonical name."""
@@ -159,13 +161,17 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         """All names that a tensor has in the model that holds or loads it, the given one first: a tied one has several.
         Those that a checkpoint has both are not tied if they differ."""
         if self.layout is None or not (uses := self.layout.uses(name)):
-            aliases = self.aliases()
+            aliases = self._known_aliases
             first = aliases.get(name, name)
             return [name, *(use for use in (first, *aliases) if use != name and aliases.get(use, use) == first)]
         if not isinstance(self._tensors, TensorFolder):
             return uses
         copies = self.copies(name)
-        return [use for use in uses if use == uses[0] or self._tied_own.get(use, copies[0]) in copies]
+        return [use for use in uses if use == uses[0] or self._tied_own.get(use) in (None, *copies)]
+
+    @functools.cached_property
+    def _known_aliases(self) -> dict[str, str]:
+        return self.aliases()
 
     def copies(self, name: str) -> list[str]:
         """The base's own tensors that are the one of this name where it is loaded: more than one if a checkpoint has a
@@ -186,7 +192,9 @@ class BaseTensors(Mapping[str, torch.Tensor]):
     def _starts(self) -> dict[str, Hashable]:
         if not isinstance(self._tensors, TensorFolder):
             return {}
-        starts = {name: self._tensors.start(own) for name, own in self._own.items()}
+        files = self._tensors.files
+        by_file = sorted(self._own.items(), key=lambda item: files[item[1]])  # each is opened once
+        starts = {name: self._tensors.start(own) for name, own in by_file}
         return {name: start for name, start in starts.items() if start is not None}
 
     @functools.cached_property

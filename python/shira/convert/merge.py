@@ -152,6 +152,8 @@ def merge_checkpoint(
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
     weights = BaseTensors(folder)
+    for position, (adapter, _) in enumerate(loaded):
+        _check_once(Argument("adapters", position), adapter, weights)
     loaded = [
         (placed(adapter, weights, force=force_base, argument=(Argument("adapters", position), ": ")), strength)
         for position, (adapter, strength) in enumerate(loaded)
@@ -239,24 +241,30 @@ def _warn_of_twins(changed: Mapping[str, object], weights: BaseTensors) -> None:
                 )
 
 
+def _check_once(argument: Argument, adapter: Adapter, weights: BaseTensors) -> None:
+    """Refuses an adapter with two names of one tensor: in a model the changes would meet."""
+    seen: set[str] = set()
+    for label in adapter:
+        name = weights.kept_name(canonical(label))
+        copies = weights.copies(name) if weights.has(name) else []
+        if not seen.isdisjoint(copies):
+            raise ArgumentError(argument, f": {label}: the adapter names the tensor {weights.own_name(name)!r} twice")
+        seen.update(copies)
+
+
 def _by_tensor(adapters: Sequence[Adapter], weights: BaseTensors) -> dict[str, dict[int, AdapterTensor]]:
     """The checkpoint's name -> position of the adapter -> what it has of the tensor, in the checkpoint's order."""
     found: dict[str, dict[int, AdapterTensor]] = {}
     for position, adapter in enumerate(adapters):
-        argument, named = Argument("adapters", position), set[str]()
+        argument = Argument("adapters", position)
         for label, tensor in adapter.items():
             name = canonical(label)
             if not weights.has(name):
                 raise ArgumentError(argument, f": {label}: the base has no tensor of this name")
-            copies = weights.copies(name)
-            if copies[0] in named:
-                own = weights.own_name(copies[0])
-                raise ArgumentError(argument, f": {label}: the adapter names the tensor {own!r} twice")
-            named.add(copies[0])
-            for own in map(weights.own_name, copies):
-                by_adapter = found.setdefault(own, {})
-                if not same_entries(by_adapter.setdefault(position, tensor), tensor):
-                    raise ArgumentError(argument, f": {label}: the adapter names {own!r} too, and with other entries")
+            for own in map(weights.own_name, weights.copies(name)):
+                # `placed` may have given it both copies of what the adapter names once.
+                if not same_entries(found.setdefault(own, {}).setdefault(position, tensor), tensor):
+                    raise ArgumentError(argument, f": {label}: the adapter names the tensor {own!r} twice")
     return {name: found[name] for name in map(weights.own_name, weights) if name in found}
 
 
