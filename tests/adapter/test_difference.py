@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import json
@@ -245,8 +246,20 @@ def test_tied_tensors_are_kept_once_under_their_first_name() -> None:
         untied.embed.weight.copy_(base.embed.weight)
         untied.head.weight.copy_(base.embed.weight)
         untied.head.weight[1, 1] += 1
-    # Tied on one side only: the other side's tensors are two.
-    assert list(shira.diff(base, untied)) == ["head.weight"]
+    # Tied on one side only: a base with one tensor cannot become two.
+    assert list(shira.diff(untied, tuned)) == ["embed.weight", "head.weight"]
+    with pytest.raises(ValueError, match=r"^head.weight: base has it and 'embed.weight' as one tensor, and in tuned"):
+        shira.diff(base, untied)
+    # In another order, or under the other name only.
+    swapped = dict(reversed(list(tuned.state_dict().items())))
+    for other in (swapped, {"head.weight": tuned.head.weight.detach().clone()}):
+        found = shira.diff(base, other)
+        assert list(found) == ["embed.weight"]
+        model = copy.deepcopy(base)
+        bank = ResidentAdapters(model)
+        bank.add("tuned", found)
+        bank.switch("tuned")
+        assert torch.equal(model.head.weight, tuned.head.weight)
 
 
 @given(

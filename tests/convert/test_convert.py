@@ -353,17 +353,6 @@ def test_an_adapter_without_weights_is_refused(base: Path, lora: Path, tmp_path:
         convert.read(tmp_path / "empty", base, top=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:Model")
-def test_a_tied_weight_of_which_one_use_was_adapted_says_so(base: Path, tmp_path: Path) -> None:
-    """Merged, as PEFT does it too, both uses change."""
-    save_peft(base, peft.LoraConfig(r=3, target_modules=["embed_tokens"]), tmp_path / "peft")
-    with pytest.warns(UserWarning, match=r"model.embed_tokens.weight is tied to another layer") as seen:
-        found = convert.read(tmp_path / "peft", base)
-    assert __file__ in [warning.filename for warning in seen]
-    merged = peft.PeftModel.from_pretrained(load(base), tmp_path / "peft").merge_and_unload()
-    assert_close(with_adapter(base, found), logits(merged), logits(load(base)))
-
-
 def test_at_a_terminal(base: Path, tmp_path: Path) -> None:
     """In a process of its own, where what PEFT and transformers print would be seen."""
     save_peft(base, MERGED["lora"](), tmp_path / "peft")

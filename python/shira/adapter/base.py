@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from shira.files.errors import ArgumentError, Piece, warn
 from shira.model.conversions import model_of
 from shira.model.names import HELD, canonical, canonical_in, state_buffers, state_names
 from shira.model.placement import Layout
-from shira_kernels.bits import gathered
+from shira_kernels.bits import as_bits, gathered
 
 
 class BaseTensors(Mapping[str, torch.Tensor]):
@@ -142,7 +142,9 @@ class BaseTensors(Mapping[str, torch.Tensor]):
                 raise ValueError(f"the model has no parameter or buffer {name!r}")
         elif wanted not in self:
             raise ValueError(f"{name}: the base has no tensor of this name")
-        return self.kept_name(wanted)
+        kept = self.kept_name(wanted)
+        copies = self.copies(kept) if kept in self._own else [kept]
+        return copies[0] if len(copies) == 1 else min(copies, key=list(self._own).index)
 
     def check_names(self) -> None:
         """Refuses with ValueError a base that has two tensors of one canonical name."""
@@ -155,11 +157,72 @@ class BaseTensors(Mapping[str, torch.Tensor]):
                 raise ValueError(f"{self._argument} has the tensor {name!r} twice: as {seen[name]!r} and as {own!r}")
             seen[name] = own
 
+    def uses(self, name: str) -> list[str]:
+        """All names that a tensor has in the model that holds or loads it, the given one first: a tied one has several.
+        Those that a checkpoint has both are not tied if they differ."""
+        if self.layout is None or not (uses := self.layout.uses(name)):
+            aliases = self._known_aliases
+            first = aliases.get(name, name)
+            return [name, *(use for use in (first, *aliases) if use != name and aliases.get(use, use) == first)]
+        if not isinstance(self._tensors, TensorFolder):
+            return uses
+        copies = self.copies(name)
+        return [use for use in uses if use == uses[0] or self._tied_own.get(use) in (None, *copies)]
+
+    @functools.cached_property
+    def _known_aliases(self) -> dict[str, str]:
+        return self.aliases()
+
+    def copies(self, name: str) -> list[str]:
+        """The base's own tensors that are the one of this name where it is loaded: more than one if a checkpoint has a
+        tied tensor under several names, and the same in all."""
+        own = self.own_names(name)
+        if len(own) != 1 or not isinstance(self._tensors, TensorFolder) or not (alike := self.alike(own[0])):
+            return own
+        if self.layout is None or not (uses := self.layout.uses(own[0])):
+            return own
+        tied = {self._tied_own.get(use) for use in uses}
+        return [*own, *(other for other in alike if other in tied and same_bits(self[own[0]], self[other]))]
+
+    def alike(self, name: str) -> list[str]:
+        """Other tensors of a checkpoint with the shape, dtype and first row of one that it has."""
+        return [other for other in self._by_start.get(self._starts.get(name, ()), ()) if other != name]
+
+    @functools.cached_property
+    def _starts(self) -> dict[str, Hashable]:
+        if not isinstance(self._tensors, TensorFolder):
+            return {}
+        files = self._tensors.files
+        by_file = sorted(self._own.items(), key=lambda item: files[item[1]])  # each is opened once
+        starts = {name: self._tensors.start(own) for name, own in by_file}
+        return {name: start for name, start in starts.items() if start is not None}
+
+    @functools.cached_property
+    def _by_start(self) -> dict[Hashable, list[str]]:
+        found: dict[Hashable, list[str]] = {}
+        for name, start in self._starts.items():
+            found.setdefault(start, []).append(name)
+        return found
+
+    @functools.cached_property
+    def _tied_own(self) -> dict[str, str]:
+        """By a name in the model, of tensors that it has under several, the base's own of that name."""
+        assert self.layout is not None
+        uses = {own: self.layout.uses(own) for own in self._own}
+        return {names[0]: own for own, names in uses.items() if len(names) > 1}
+
     def aliases(self) -> dict[str, str]:
         """Names of tensors that are another one, and the name of that: of a base in memory those that share their
-        memory with an earlier one, of a file those that it notes, and does not list."""
-        if not isinstance(self._tensors, dict):  # of a file: tensors there have memory of their own
-            return dict(self._aliases)
+        memory with an earlier one, of files those that they note, and do not list, and those that are tied where they
+        are loaded and the same."""
+        if isinstance(self._tensors, TensorFolder):  # tensors there have memory of their own
+            found = dict(self._aliases)
+            for name in self._own:
+                if name not in found:
+                    found |= dict.fromkeys(self.copies(name)[1:], name)
+            return found
+        if not isinstance(self._tensors, dict):
+            return {}  # which would have to be read
         first: dict[tuple[Any, ...], str] = {}
         aliases = {}
         for name, tensor in self.items():
@@ -183,6 +246,11 @@ def check_fits(name: Piece, tensor: AdapterTensor, weight: torch.Tensor) -> None
         raise ArgumentError(name, f": the model's tensor must be dense, got {weight.layout}")
     if not weight.is_contiguous():
         raise ArgumentError(name, f": the model's tensor must be contiguous, got strides {weight.stride()}")
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are the same in every bit."""
+    return one.dtype == other.dtype and torch.equal(as_bits(one.contiguous()), as_bits(other.contiguous()))
 
 
 def check_base(name: Piece, tensor: AdapterTensor, base: torch.Tensor) -> None:

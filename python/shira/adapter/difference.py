@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from shira.adapter.adapter import Adapter
-from shira.adapter.base import BaseTensors
+from shira.adapter.base import BaseTensors, same_bits
 from shira.adapter.checksum import checksum_of
 from shira.adapter.tensor import DTYPES, AdapterTensor
 from shira.files.checkpoint import Base
 from shira.files.errors import Argument, ArgumentError, Piece, warn
 from shira.files.progress import Progress, no_progress
 from shira_kernels import extract_changed, topk_indices
-from shira_kernels.bits import as_bits, gathered
+from shira_kernels.bits import gathered
 from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 
 # Above this share of changed entries a tensor is called not sparse. At 10 % of a bfloat16 tensor 97 % of its memory
@@ -58,9 +58,10 @@ def diff(
 
     Raises:
         ValueError: naming the tensor: only one side has it (a tensor that shares its memory with another one counts as
-            that one), the sides have it with another shape or dtype, it changed and is of a dtype that an adapter
-            cannot hold (such as complex ones), is on the meta device, or sparse or quantized; `top` out of
-            range, or changes that are not finite with `top`; a file that is not a whole safetensors file.
+            that one), base has it as one with another and tuned has two that differ, the sides have it with another
+            shape or dtype, it changed and is of a dtype that an adapter cannot hold (such as complex ones), is on the
+            meta device, or sparse or quantized; `top` out of range, or changes that are not finite with `top`; a file
+            that is not a whole safetensors file.
         OSError: a file cannot be read.
 
     Warns:
@@ -74,10 +75,10 @@ def diff(
     names = _common_names(old, new, common)
     tensors: dict[str, AdapterTensor] = {}
     energies: Energies = {}
-    for done, name in enumerate(names):
+    for done, (name, partner) in enumerate(names.items()):
         progress(done, len(names), name)
         before = old[name]
-        tensor, energy = changes(name, before, new.of_shape(name, tuple(before.shape)), top)
+        tensor, energy = changes(name, before, new.of_shape(partner, tuple(before.shape)), top)
         del before  # before the next is read
         if tensor is not None:
             tensors[name] = tensor
@@ -106,35 +107,50 @@ def energy_facts(top: float | None, energies: Energies) -> dict[str, Any]:
     return {"top": float(top), "energy": by_tensor, "energy_kept": _share(kept, of_all)}
 
 
-def _common_names(base: BaseTensors, tuned: BaseTensors, common: bool) -> list[str]:
-    """The tensors to compare. Of tied ones the first; a name that only one side has must be such an alias."""
+def _common_names(base: BaseTensors, tuned: BaseTensors, common: bool) -> dict[str, str]:
+    """The tensors to compare, and tuned's name of each. Of tied ones the first; a name that only one side has must be
+    such an alias."""
     aliases, others = base.aliases(), tuned.aliases()
-    for here, tied, there, what in ((base, aliases, tuned, "tuned lacks"), (tuned, others, base, "base lacks")):
-        missing = [name for name in here if name not in there and tied.get(name) not in there]
+    partners = _partners(base, aliases, tuned)
+    for here, found, what in ((base, partners, "tuned lacks"), (tuned, _partners(tuned, others, base), "base lacks")):
+        missing = [name for name in here if name not in found]
         if missing and not common:
             more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ArgumentError(
                 f"{what} the tensor {missing[0]!r}{more}; compare those that both have with ", Argument("common")
             )
     for name in tuned:
-        _check_once(name, base, tuned)
-    both = [name for name in base if name in tuned]
+        if not base.has(name):
+            _check_tied(name, base.own_names(name), tuned)
+    for name, first in aliases.items():
+        if name in tuned and others.get(name, name) != others.get(first, first):
+            _check_tied(name, [first], tuned)
+    both = {name: partner for name, partner in partners.items() if name not in aliases}
     if not both:
         raise ValueError("base and tuned have no tensor of the same name")
-    # Tied on both sides to the same tensor: kept once. A side that lists only the first name of a tie has it too.
-    return [name for name in both if name not in aliases or (tuned.has(name) and aliases[name] != others.get(name))]
+    return both
 
 
-def _check_once(name: str, base: BaseTensors, tuned: BaseTensors) -> None:
-    """Refuses a tensor of tuned that base has under another name only, if tuned has that too, and it differs."""
-    if base.has(name):
-        return
-    for other in base.own_names(name):
-        if not tuned.has(other):
-            continue
-        one, two = tuned[name].contiguous(), tuned[other].contiguous()
-        if one.dtype != two.dtype or not torch.equal(as_bits(one), as_bits(two)):
-            raise ValueError(f"{name}: base has it and {other!r} as one tensor, and in tuned they differ")
+def _partners(here: BaseTensors, aliases: Mapping[str, str], there: BaseTensors) -> dict[str, str]:
+    """The name that another side has each tensor under: the same, or if it is tied another of its names."""
+    uses: dict[str, list[str]] = {}
+    for alias, first in aliases.items():
+        uses.setdefault(first, []).append(alias)
+    found = {}
+    for name in here:
+        first = aliases.get(name, name)
+        partner = next((use for use in (name, first, *uses.get(first, ())) if use in there), None)
+        if partner is not None:
+            found[name] = partner
+    return found
+
+
+def _check_tied(name: str, others: Sequence[str], tuned: BaseTensors) -> None:
+    """Refuses a tensor that base has as one with others of which tuned has one too, and with other values."""
+    for other in others:
+        if tuned.has(other) and not same_bits(tuned[name], tuned[other]):
+            reason = f"base has it and {other!r} as one tensor, and in tuned they differ"
+            raise ValueError(f"{name}: {reason}: compare with a base that has two")
 
 
 def changes(

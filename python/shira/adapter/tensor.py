@@ -98,6 +98,17 @@ def check_bools(name: str, values: torch.Tensor) -> None:
         raise ValueError(f"{name}: values must be False or True, bytes of 0 or 1")
 
 
+def same_entries(one: AdapterTensor, other: AdapterTensor) -> bool:
+    """Whether both make the same of a weight, bit for bit."""
+    if one is other:
+        return True
+    return (
+        (one.shape, one.dtype, one.kind, one.values.dtype) == (other.shape, other.dtype, other.kind, other.values.dtype)
+        and torch.equal(one.indices, other.indices)
+        and torch.equal(as_bits(one.values), as_bits(other.values))
+    )
+
+
 def check_strengths(name: str, dtype: torch.dtype, uses: Sequence[tuple[Piece, float]]) -> None:
     """Refuses with ValueError to scale or mix what can only be replaced.
 

@@ -95,13 +95,13 @@ def read(
 
     Raises:
         ValueError: naming the file or tensor: an unknown format, a pickle, no base where one is needed, a base without
-            the tensor or with another shape or dtype, indices that are wrong, an adapter that cannot be merged.
+            the tensor or with another shape or dtype, indices that are wrong, an adapter that cannot be merged; a tied
+            tensor of which an adapter of PEFT changes one use alone, or several differently.
         OSError: something cannot be read.
         ImportError: PEFT or transformers is needed and not installed.
 
     Warns:
-        ShiraWarning: weights that are not sparse; positions of Super-Tuning that were recomputed; a weight that is tied
-            to another layer, which the adapter does not change.
+        ShiraWarning: weights that are not sparse; positions of Super-Tuning that were recomputed.
     """
     path = Path(path)
     form = format_of(path)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from shira.adapter.adapter import Adapter, describe
-from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of
+from shira.adapter.base import BaseTensors, check_base, check_fits, entries_of, same_bits
 from shira.adapter.checksum import checksum_of
 from shira.adapter.fusion import checked_strength
 from shira.adapter.placed import placed
-from shira.adapter.tensor import AdapterTensor, check_strengths
+from shira.adapter.tensor import AdapterTensor, check_strengths, same_entries
 from shira.files.checkpoint import Base, TensorFolder
 from shira.files.errors import AdapterFormatError, Argument, ArgumentError, warn
 from shira.files.output import check_apart, check_free, check_replaceable, written_whole
@@ -152,12 +152,15 @@ def merge_checkpoint(
     if not loaded:
         raise ValueError("adapters must hold at least one pair of an adapter and its strength")
     weights = BaseTensors(folder)
+    for position, (adapter, _) in enumerate(loaded):
+        _check_once(Argument("adapters", position), adapter, weights)
     loaded = [
         (placed(adapter, weights, force=force_base, argument=(Argument("adapters", position), ": ")), strength)
         for position, (adapter, strength) in enumerate(loaded)
     ]
     changed = _by_tensor([adapter for adapter, _ in loaded], weights)
     strengths = [strength for _, strength in loaded]
+    _warn_of_twins(changed, weights)
     for name, tensors in changed.items():
         uses = [(Argument("adapters", position), strengths[position]) for position in tensors]
         check_strengths(name, tensors[min(tensors)].dtype, uses)
@@ -223,6 +226,32 @@ def _warn_of_unknown(adapters: Sequence[Adapter]) -> None:
             warn(Argument("adapters", position), reason)
 
 
+def _warn_of_twins(changed: Mapping[str, object], weights: BaseTensors) -> None:
+    """Where nothing tells what is tied: tensors that stay as they are, though they hold what changed ones do."""
+    written = set(changed)
+    for name in map(canonical, changed):
+        for other in weights.alike(name):
+            if weights.layout is not None or weights.own_name(other) in written:
+                continue
+            weight = weights[name]
+            if same_bits(weight, weights[other]) and not same_bits(weight, weight.view(-1)[:1].expand_as(weight)):
+                warn(
+                    f"{name} and {other} hold the same in the base, and only the first is changed: no config.json of a "
+                    "model that transformers has tells whether they are tied"
+                )
+
+
+def _check_once(argument: Argument, adapter: Adapter, weights: BaseTensors) -> None:
+    """Refuses an adapter with two names of one tensor: in a model the changes would meet."""
+    seen: set[str] = set()
+    for label in adapter:
+        name = weights.kept_name(canonical(label))
+        copies = weights.copies(name) if weights.has(name) else []
+        if not seen.isdisjoint(copies):
+            raise ArgumentError(argument, f": {label}: the adapter names the tensor {weights.own_name(name)!r} twice")
+        seen.update(copies)
+
+
 def _by_tensor(adapters: Sequence[Adapter], weights: BaseTensors) -> dict[str, dict[int, AdapterTensor]]:
     """The checkpoint's name -> position of the adapter -> what it has of the tensor, in the checkpoint's order."""
     found: dict[str, dict[int, AdapterTensor]] = {}
@@ -232,11 +261,10 @@ def _by_tensor(adapters: Sequence[Adapter], weights: BaseTensors) -> dict[str, d
             name = canonical(label)
             if not weights.has(name):
                 raise ArgumentError(argument, f": {label}: the base has no tensor of this name")
-            by_adapter = found.setdefault(weights.own_name(name), {})
-            if position in by_adapter:
-                own = weights.own_name(name)
-                raise ArgumentError(argument, f": {label}: the adapter names the tensor {own!r} twice")
-            by_adapter[position] = tensor
+            for own in map(weights.own_name, weights.copies(name)):
+                # `placed` may have given it both copies of what the adapter names once.
+                if not same_entries(found.setdefault(own, {}).setdefault(position, tensor), tensor):
+                    raise ArgumentError(argument, f": {label}: the adapter names the tensor {own!r} twice")
     return {name: found[name] for name in map(weights.own_name, weights) if name in found}
 
 

@@ -10,7 +10,7 @@ import torch
 from shira.adapter.adapter import Adapter
 from shira.adapter.base import check_base, check_fits, entries_of
 from shira.adapter.tensor import AdapterTensor
-from shira.convert.source import Found, Weights
+from shira.convert.source import Found, Weights, tied_once
 from shira.files.checkpoint import Base, TensorFolder, save_tensors
 from shira.files.errors import Argument, ArgumentError
 from shira.files.output import written_whole
@@ -34,7 +34,7 @@ def read(path: Path, weights: Weights, progress: Progress) -> Mapping[str, Adapt
         if values.dtype != weight.dtype:
             raise ValueError(f"{path}: {stem}.values are {values.dtype}, but {weight.dtype} in the base")
         found[name] = weights.tensor(name, weight, indices, values, "replace")
-    return found
+    return tied_once(path, found, weights.uses, each=False)
 
 
 def write(adapter: Adapter, path: Path, base: Base | None, *, force: bool) -> None:

@@ -17,7 +17,17 @@ from shira.adapter.difference import changes
 from shira.adapter.fusion import deltas
 from shira.adapter.placed import placed
 from shira.adapter.tensor import AdapterTensor
-from shira.convert.source import CONFIG, WEIGHTS, Found, Weights, check_count, peft_config, peft_tensors, whole
+from shira.convert.source import (
+    CONFIG,
+    WEIGHTS,
+    Found,
+    Weights,
+    check_count,
+    peft_config,
+    peft_tensors,
+    tied_once,
+    whole,
+)
 from shira.files.checkpoint import Base, TensorFolder, save_tensors
 from shira.files.errors import warn
 from shira.files.output import written_whole
@@ -46,7 +56,7 @@ def read_shira(folder: Path, weights: Weights, progress: Progress) -> Mapping[st
             raise ValueError(f"{name}: rows and columns must lie in the weight, {tuple(weight.shape)}")
         found[name] = weights.tensor(name, weight, rows * weight.shape[1] + columns, values.float(), "add")
     _add_saved_modules(found, tensors, others, weights)
-    return found
+    return tied_once(folder, found, weights.uses)
 
 
 def read_supertuning(folder: Path, weights: Weights, progress: Progress) -> Mapping[str, AdapterTensor]:
@@ -75,7 +85,7 @@ def read_supertuning(folder: Path, weights: Weights, progress: Progress) -> Mapp
             "magnitudes; with another base, or where magnitudes are equal, they may be others than in training"
         )
     _add_saved_modules(found, tensors, others, weights)
-    return found
+    return tied_once(folder, found, weights.uses)
 
 
 def _modules(
@@ -130,6 +140,9 @@ def write_shira(adapter: Adapter, path: Path, base: Base | None, *, force: bool)
     for name, tensor in adapter.items():
         if len(tensor.shape) != 2 or not name.endswith(".weight"):
             raise ValueError(f"{name}: PEFT's SHiRA has weights of linear layers only, not a tensor of {tensor.shape}")
+        if weights is not None and len(uses := weights.uses(canonical(name))) > 1:
+            reason = f"is tied to {uses[1]} in the base, and PEFT would change it alone"
+            raise ValueError(f"{name}: it {reason}: give a base that has two, with tie_word_embeddings false")
     rank = max((math.ceil(tensor.nnz / sum(tensor.shape)) for tensor in adapter.values()), default=1) or 1
     arrays: dict[str, torch.Tensor] = {}
     for (label, tensor), (name, (indices, values)) in zip(

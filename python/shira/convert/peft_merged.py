@@ -11,7 +11,6 @@ import math
 import os
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,16 +22,14 @@ from torch import nn
 
 from shira.adapter.base import BaseTensors
 from shira.adapter.difference import Energies, changes
-from shira.adapter.tensor import AdapterTensor
+from shira.adapter.tensor import AdapterTensor, same_entries
 from shira.convert.peft_checks import check_adapter, check_patterns
-from shira.convert.source import CONFIG, WEIGHTS, peft_tensors
+from shira.convert.source import CONFIG, WEIGHTS, peft_tensors, tied_once
 from shira.files.checkpoint import Base
-from shira.files.errors import warn
 from shira.files.progress import Progress
 from shira.files.reading import read_inside
-from shira.model.names import canonical, state_names
+from shira.model.names import canonical, canonical_in, state_buffers
 from shira.model.pretrained import load_model, no_larger_than, sealed
-from shira_kernels.bits import as_bits
 
 # Model classes of transformers by PEFT's task types; without one the class that the base's config.json names.
 _CLASSES = {
@@ -56,34 +53,39 @@ def read(folder: Path, base: Base, top: float | None, progress: Progress) -> tup
     task = _checked_task(folder, config["peft_type"])
     model = base if isinstance(base, nn.Module) else _model(base, task)
     check_patterns(folder, config, [name for name, _ in model.named_modules()])
-    names = state_names(model)
-    weights = {name: parameter for parameter, name in names.items()}
+    bare, weights = canonical_in(model), _by_use(model)
     found = _Changes(folder, top, None if isinstance(base, nn.Module) else BaseTensors(base))
     # What the file has whole, such as biases and `modules_to_save` with their buffers: PEFT may load it into the model.
     file = peft_tensors(folder)
     whole = {canonical(key): key for key in file if canonical(key) in weights}
-    users = Counter(names[parameter] for _, parameter in model.named_parameters(remove_duplicate=False))
-    merged: set[str] = set()
     with _put_back(model, {name: weights[name] for name in whole}) as before:
-        tuned = _with_adapter(model, folder)
+        tuned, paths = _with_adapter(model, folder)
         layers = [(name, layer) for name, layer in tuned.named_modules() if isinstance(layer, BaseTunerLayer)]
         for name, key in whole.items():
             weights[name].data.copy_(before[name])
             found.add(name, before[name], file[key])
         for done, (name, layer) in enumerate(layers):
             progress(done, len(layers), canonical(name))
-            for parameter, new in _merged_layer(folder, name, layer):
-                if parameter not in names:
+            path = paths.get(layer.get_base_layer(), canonical(name))
+            for field, (parameter, new) in _merged_layer(folder, name, layer).items():
+                use = bare(f"{path}.{field}" if path else field)
+                if weights.get(use) is not parameter:
                     raise ValueError(f"{folder}: merging {name} changes what is no weight of the model")
-                found.add(names[parameter], parameter.detach(), new)
-                users[names[parameter]] -= 1
-                merged.add(names[parameter])
-    tied = [name for name in found.tensors if name in merged and users[name] > 0]
-    if tied:
-        warn(f"{folder}: {tied[0]} is tied to another layer, which the adapter does not change but its merge does")
+                found.add(use, parameter.detach(), new)
     if not layers and not whole:
         raise ValueError(f"{folder}: PEFT finds no layer of the model to merge this adapter into")
-    return found.tensors, found.energies
+    uses: dict[torch.Tensor, list[str]] = {}
+    for name, tensor in weights.items():
+        uses.setdefault(tensor, []).append(name)
+    tensors = tied_once(folder, found.tensors, lambda name: sorted(uses[weights[name]], key=lambda use: use != name))
+    return tensors, {name: found.energies[name] for name in tensors}
+
+
+def _by_use(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By all canonical names the parameters, and the buffers of the state dict."""
+    bare = canonical_in(model)
+    state = itertools.chain(model.named_parameters(remove_duplicate=False), state_buffers(model))
+    return {bare(name): tensor for name, tensor in state}
 
 
 @dataclass
@@ -101,15 +103,11 @@ class _Changes:
         tensor, energy = changes(name, old, new.to(old.dtype), self.top)
         if tensor is None:
             return
-        if name in self.tensors and not _same(self.tensors[name], tensor):
+        if name in self.tensors and not same_entries(self.tensors[name], tensor):
             raise ValueError(f"{self.folder}: two parts of the adapter change {name}, and differently")
         if self.stored is not None and name not in self.stored:
             raise ValueError(f"{name}: the base has no tensor of this name")
         self.tensors[name], self.energies[name] = tensor, energy
-
-
-def _same(one: AdapterTensor, other: AdapterTensor) -> bool:
-    return torch.equal(one.indices, other.indices) and torch.equal(as_bits(one.values), as_bits(other.values))
 
 
 def _checked_task(folder: Path, kind: str) -> str | None:
@@ -138,8 +136,9 @@ def _put_back(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator
             parameter.requires_grad_(True)
 
 
-def _with_adapter(model: nn.Module, folder: Path) -> Any:
-    """A model of PEFT with the adapter, all of which was loaded: modules of its own around the same parameters."""
+def _with_adapter(model: nn.Module, folder: Path) -> tuple[Any, dict[nn.Module, str]]:
+    """A model of PEFT with the adapter, all of which was loaded: modules of its own around the same parameters. And the
+    path in the model of each of those modules."""
     import peft
 
     file, shared = (
@@ -149,12 +148,14 @@ def _with_adapter(model: nn.Module, folder: Path) -> Any:
     entries = sum(tensor.numel() for tensor in shared.values())
     entries += sum(math.prod(file.shape(name)) for name in file)
     bound = no_larger_than(16 * (len(shared) + len(file)) + 4096, 4 * entries + 2**26)
+    copied = copy.deepcopy(model, shared)
+    paths = {module: path for path, module in copied.named_modules()}
     with _as_value_errors(f"{folder}: PEFT cannot load this adapter"), sealed(), bound:
-        tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model, shared), folder)
+        tuned = peft.PeftModel.from_pretrained(copied, folder)
         # It does not say which tensors it missed, or had no place for; loading the file once more does.
         keys = tuned.load_adapter(folder, "default")
     _check_all_loaded(folder / WEIGHTS, tuned, keys.missing_keys, keys.unexpected_keys)
-    return tuned
+    return tuned, paths
 
 
 @contextmanager
@@ -189,8 +190,9 @@ def _and_more(names: list[str]) -> str:
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _merged_layer(folder: Path, name: str, layer: Any) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """The weights of a layer, which hold what they did before, and what they are when the adapter is merged."""
+def _merged_layer(folder: Path, name: str, layer: Any) -> dict[str, tuple[nn.Parameter, torch.Tensor]]:
+    """The weights of a layer by their names in it, which hold what they did before, and what they are when the adapter
+    is merged."""
     parameters = dict(layer.get_base_layer().named_parameters(recurse=False))
     held = [(parameter, parameter.data, parameter.detach().clone()) for parameter in parameters.values()]
     try:
@@ -199,7 +201,7 @@ def _merged_layer(folder: Path, name: str, layer: Any) -> list[tuple[nn.Paramete
         after = dict(layer.get_base_layer().named_parameters(recurse=False))  # of another layer, if PEFT exchanges it
         if {f: p.shape for f, p in after.items()} != {f: p.shape for f, p in parameters.items()}:
             raise ValueError(f"{folder}: merging {name} gives other parameters, not other values of them")
-        return [(parameter, after[field].detach().clone()) for field, parameter in parameters.items()]
+        return {field: (parameter, after[field].detach().clone()) for field, parameter in parameters.items()}
     finally:
         for parameter, memory, old in held:
             parameter.data = memory.copy_(old)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from shira.adapter.base import BaseTensors, entries_of
 from shira.adapter.checksum import checksum_of
-from shira.adapter.tensor import DTYPES, AdapterTensor, names_of
+from shira.adapter.tensor import DTYPES, AdapterTensor, names_of, same_entries
 from shira.files.checkpoint import Base, TensorFolder
 from shira.files.reading import check_inside, read_inside
 from shira_kernels.bits import gathered
@@ -43,6 +43,10 @@ class Weights:
         if weight.dtype not in DTYPES:
             raise ValueError(f"{name}: the base's tensor is {weight.dtype}, which no adapter can hold")
         return weight
+
+    def uses(self, name: str) -> list[str]:
+        """All names of a tensor in the model, the given one first."""
+        return self._tensors.uses(name)
 
     def arithmetic(self, name: str) -> torch.Tensor:
         """A tensor that changes are added to. Raises ValueError for one whose entries can only be replaced."""
@@ -94,6 +98,36 @@ def check_count(name: str, count: int, weight: torch.Tensor) -> None:
     they might be more than memory holds."""
     if count > weight.numel():
         raise ValueError(f"{name}: there are {count} indices, but the weight has {weight.numel()} entries")
+
+
+def tied_once(
+    path: Path, tensors: Mapping[str, AdapterTensor], uses: Callable[[str], list[str]], *, each: bool = True
+) -> dict[str, AdapterTensor]:
+    """An adapter's tensors, of which each tied one is there once.
+
+    Args:
+        uses: gives all names of a tensor, the given one first.
+        each: a name means that use of a tied tensor alone, so that all of them must change, and in the same way; else
+            it means the tensor.
+
+    Raises ValueError for changes that a tied tensor cannot have.
+    """
+    kept: dict[str, AdapterTensor] = {}
+    done: set[str] = set()
+    for name, tensor in tensors.items():
+        names = uses(name)
+        if name not in done:
+            kept[name] = tensor
+        done.update(names[1:])
+        for use in names[1:]:
+            if use not in tensors and not each:
+                continue
+            if use in tensors and same_entries(tensors[use], tensor):
+                continue
+            what = f"{name} and {use} differently" if use in tensors else f"{name} and not {use}"
+            reason = "which are one tensor in the base: give a base that has two, with tie_word_embeddings false"
+            raise ValueError(f"{path}: the adapter changes {what}, {reason}")
+    return kept
 
 
 def whole(name: str, positions: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ Base = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 INDEX = "model.safetensors.index.json"  # that Hugging Face models in several files have
 SINGLE = "model.safetensors"
 _MOST_MAPPED = 2**26  # bytes
+_SUBBYTE = ("F4", "F6_E2M3", "F6_E3M2")  # dtypes that cannot be cut
+_START = 64  # how many elements of a tensor's first row are compared first
 
 
 def open_tensors(base: Base, argument: str = "base") -> Mapping[str, torch.Tensor]:
@@ -78,7 +80,8 @@ class TensorFolder(Mapping[str, torch.Tensor]):
         if (folder / INDEX).exists() and (folder / SINGLE).exists():
             raise ValueError(f"{folder}: has both {SINGLE} and {INDEX}, which may hold different weights: remove one")
         if (folder / INDEX).exists():
-            self._files = _indexed(folder)
+            self._files, metadata = _indexed(folder)
+            self._note_aliases(metadata, self._files)
             return
         paths = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
         if not paths:
@@ -98,8 +101,8 @@ class TensorFolder(Mapping[str, torch.Tensor]):
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """Further names of tensors that are there under one, as `safetensors.torch.save_model` notes them: name -> that
-        of the tensor. They are not listed. Files that an index lists have none."""
+        """Further names of tensors that are there under one: name -> that of the tensor. They are not listed.
+        `safetensors.torch.save_model` notes them in a file, `huggingface_hub.save_torch_model` in an index."""
         return self._aliases
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -115,6 +118,22 @@ class TensorFolder(Mapping[str, torch.Tensor]):
         with _as_value_errors(self._files[name], f"{name!r} cannot be read"):
             return tuple(self._file_of(name).get_slice(name).get_shape())
 
+    def start(self, name: str) -> tuple[object, ...] | None:
+        """A tensor's shape, dtype and the bytes that its first row begins with: what tells most tensors apart. None if
+        it has no entries, a dtype that cannot be cut, or is not in its file. Errors as for the tensor itself."""
+        from safetensors import SafetensorError
+
+        with _as_value_errors(self._files[name], f"{name!r} cannot be read"):
+            try:
+                part = self._file_of(name).get_slice(name)
+            except SafetensorError:
+                return None
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            if not shape or 0 in shape or dtype in _SUBBYTE:
+                return None
+            begin = part[(slice(1),) * (len(shape) - 1) + (slice(_START),)].contiguous()
+            return shape, dtype, begin.view(-1).view(torch.uint8).numpy().tobytes()
+
     def _names(self, path: Path) -> list[str]:
         """The tensors of a file, whose aliases are noted."""
         from safetensors import safe_open
@@ -124,9 +143,13 @@ class TensorFolder(Mapping[str, torch.Tensor]):
             pass
         with _as_value_errors(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
-        inside = set(names)
-        self._aliases |= {name: kept for name, kept in metadata.items() if kept in inside and name not in inside}
+        self._note_aliases(metadata, set(names))
         return names
+
+    def _note_aliases(self, metadata: Mapping[str, object], inside: Container[object]) -> None:
+        for name, kept in metadata.items():
+            if isinstance(kept, str) and kept in inside and name not in inside:
+                self._aliases[name] = kept
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -159,14 +182,17 @@ def _as_value_errors(path: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _indexed(folder: Path) -> dict[str, Path]:
+def _indexed(folder: Path) -> tuple[dict[str, Path], dict[str, object]]:
+    """The file of each tensor, and the index's metadata."""
     path = folder / INDEX
     try:
-        files = {name: Path(file) for name, file in read_inside(folder, INDEX)["weight_map"].items()}
+        index = read_inside(folder, INDEX)
+        files = {name: Path(file) for name, file in index["weight_map"].items()}
+        metadata = index.get("metadata")
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f'{path}: it must be JSON with "weight_map", a file of each tensor') from None
     for file in sorted(set(files.values())):
         if file.is_absolute() or ".." in file.parts:
             raise ValueError(f"{path}: it names {str(file)!r}, which does not lie in its folder")
         check_inside(folder, folder / file)
-    return {name: folder / file for name, file in files.items()}
+    return {name: folder / file for name, file in files.items()}, metadata if isinstance(metadata, dict) else {}

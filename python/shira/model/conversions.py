@@ -77,6 +77,9 @@ class Loading:
             name = seen.setdefault(tensor, bare(own))
             self.tensors.setdefault(name, tensor)
             self._first.setdefault(bare(own), name)
+        self._uses: dict[str, list[str]] = {}
+        for use, name in self._first.items():
+            self._uses.setdefault(name, []).append(use)
         self._host = _host(model)
         self._saved: dict[str, list[Form]] = {}
         self._renamings: list[Any] = []
@@ -99,6 +102,14 @@ class Loading:
         Raises ValueError if its values are changed when it is loaded.
         """
         return _of_shape(shape, self._forms(canonical(name)))
+
+    def uses(self, name: str) -> list[str]:
+        """The model's names of a tensor, of which a tied one has several, given by one of them or by a name that it may
+        have in a checkpoint; the given one comes first. None if no tensor of the model is the whole of it."""
+        for spelling in (*self._spellings(name), *self._spellings(self._renamed(name))):
+            if spelling in self._first:
+                return [spelling, *(use for use in self._uses[self._first[spelling]] if use != spelling)]
+        return []
 
     def find_stored(self, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Placed]]:
         """Gives the tensors of a checkpoint, by its names, that the model loads, but for those whose values change."""

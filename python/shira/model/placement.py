@@ -14,6 +14,7 @@ from torch import nn
 
 from shira.model.boxes import Box, localise
 from shira.model.conversions import Loading, Placed, Shape
+from shira.model.names import canonical
 from shira.model.tracing import Sources
 
 __all__ = ["Box", "Layout", "boxes_from_modules", "identity", "localise"]
@@ -59,6 +60,11 @@ class Layout:
         """Where a tensor lies in the model: it is one of the model's, or of a checkpoint in any form that can be
         loaded, preferably of this shape. None if there is none such. Raises ValueError if its values change at load."""
         return self._loading.find(name, shape)
+
+    def uses(self, name: str) -> list[str]:
+        """The model's names of a tensor, of which a tied one has several; the given one comes first. None if the model
+        has no such tensor."""
+        return self._loading.uses(canonical(name))
 
     def own(self, name: str) -> Sources:
         """Where a tensor of the model lies in the base: its names, and which piece of the tensor lies where.
