@@ -15,6 +15,7 @@ Cases run in a child process, so that a crash has its number, too.
 from __future__ import annotations
 
 import argparse
+import functools
 import mmap
 import os
 import random
@@ -36,6 +37,7 @@ from shira_kernels.dtypes import ARITHMETIC
 from shira_kernels.ops import OPS
 
 GUARD = 0xA5
+FAILED = 3  # the exit status of a child that has said what is wrong
 INTEGERS = (torch.int32, torch.int64)
 ANY_DTYPES = (
     *ARITHMETIC,
@@ -45,27 +47,13 @@ ANY_DTYPES = (
 )
 UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32)  # of which torch has no negative
 NUMBERS = (
-    -(2**63),
-    -(2**31) - 1,
-    -2,
-    -1,
-    0,
-    1,
-    2,
-    7,
-    2**16,
-    2**31 - 1,
-    2**31,
-    2**32,
-    2**40,
-    2**62,
-    2**62 + 1,
-    2**63 - 1,
+    *(-(2**63), -(2**31) - 1, -2, -1, 0, 1, 2, 7, 2**16),
+    *(2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**62 + 1, 2**63 - 1),
 )
 FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-300, 1e300, 3.5e38, float("inf"), float("-inf"), float("nan"), 2.0**63, 1e38)
 # Said by torch where memory for a result, or for a copy, cannot be had; it is the same for all of torch's ops.
 NO_MEMORY = re.compile(
-    r"fit in memory|not enough memory|allocate memory|Storage size calculation overflowed|overflow|bad_alloc|failed\b.*alloc"
+    r"fit in memory|not enough memory|allocate memory|(size|[Ss]tride) calculation overflowed|multiplication overflow"
 )
 SUMS = ("sparse_delta", "masked_grad")  # ops that may add in any order
 
@@ -355,7 +343,7 @@ class Case:
         )
         self.spoiled.append(kind)
         try:
-            return getattr(self, f"other_{kind}")(tensor)  # type: ignore[no-any-return]
+            return getattr(self, f"other_{kind}")(tensor)
         except (RuntimeError, NotImplementedError):  # torch cannot make such a one
             return tensor
 
@@ -500,7 +488,7 @@ MAKERS: dict[str, Callable[[Case], dict[str, Any]]] = {
 class Outcome:
     """What a kernel did with a case."""
 
-    def __init__(self, case: Case, backend: str, isa: str | None) -> None:
+    def __init__(self, case: Case, forced: backends.use) -> None:
         self.case = case
         self.results: list[torch.Tensor] = []
         self.error = ""
@@ -509,7 +497,7 @@ class Outcome:
         schema = getattr(torch.ops.shira, case.op).default._schema
         torch.set_num_threads(case.threads)
         try:
-            with torch.set_grad_enabled(not case.grad), backends.use(backend, isa):
+            with torch.set_grad_enabled(not case.grad), forced:
                 results = getattr(torch.ops.shira, case.op)(**case.arguments)
         except RuntimeError as error:
             self.error = str(error)
@@ -583,18 +571,19 @@ def alike(a: torch.Tensor, b: torch.Tensor, case: Case) -> bool:
     return bool(((a.contiguous().view(bits) == b.contiguous().view(bits)) | numbers).all())
 
 
-def kernels() -> list[tuple[str, str | None]]:
+@functools.cache
+def kernels() -> dict[str, backends.use]:
     isas = backends.extension.runnable_isas() if backends.extension else []
-    return [("reference", None), *(("cpu", isa) for isa in isas)]
+    return {"reference": backends.use("reference"), **{isa: backends.use("cpu", isa) for isa in isas}}
 
 
 def run_case(seed: int, op: str = "", kinds: Counter[str] | None = None) -> str:
     """Runs a case on every kernel; what is wrong, or nothing."""
     outcomes = []
-    for backend, isa in kernels():
+    for name, forced in kernels().items():
         case = Case(seed, op)
-        outcome = Outcome(case, backend, isa)
-        where = f"{case.op} on {isa or backend}, spoiled: {', '.join(case.spoiled) or 'nothing'}"
+        outcome = Outcome(case, forced)
+        where = f"{case.op} on {name}, spoiled: {', '.join(case.spoiled) or 'nothing'}"
         if outcome.wrong:
             return f"{where}: {outcome.wrong}: {outcome.error}"
         if outcomes and (unlike := difference(outcomes[0], outcome)):
@@ -624,13 +613,12 @@ def run_cases(arguments: argparse.Namespace, progress: mmap.mmap) -> int:
         seed += 1
         if arguments.calls and kinds["calls"] >= arguments.calls:
             break
-    names = ", ".join(isa or backend for backend, isa in kernels())
     print(
-        f"{seed - arguments.seed} cases from {arguments.seed}, {kinds['calls']} calls on {names}: "
+        f"{seed - arguments.seed} cases from {arguments.seed}, {kinds['calls']} calls on {', '.join(kernels())}: "
         f"{kinds['accepted']} accepted, {kinds['refused']} refused ({kinds['no memory']} for want of memory), "
         f"{failures} failed"
     )
-    return 1 if failures else 0
+    return FAILED if failures else 0
 
 
 def repeat(arguments: argparse.Namespace, seed: int) -> str:
@@ -662,10 +650,10 @@ def main() -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             if sys.exc_info()[0] is not None:
-                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+                sys.excepthook(*sys.exc_info())
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status not in (0, 1):
+    if status not in (0, FAILED):  # a sanitizer ends the process, too
         (seed,) = struct.unpack("q", progress[:8])
         how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
         print(f"case {seed}: the process ended with {how}\n  {repeat(arguments, seed)}")

@@ -123,10 +123,10 @@ def _check_of(
             args = _positional(arguments, args, kwargs)
         written, read = named(args)
         _checks.check_plain(op, written, read, writes)
-        _checks.check_storage(op, written, read)
         form(*args)
         if not allows_grad:
             _checks.check_autograd(op, written, read)
+        _checks.check_storage(op, written, read)
         if writes:
             _checks.check_overlap(op, written, read)
         if (reads := read_by[contents]) is not None:

@@ -261,46 +261,51 @@ def test_tensors_without_data_run_nothing(backend: Backend) -> None:
 @pytest.mark.skipif(backends.extension is None, reason="there is no kernel to compare with the reference")
 def test_fuzz() -> None:
     """Cases of tools/fuzz_ops.py, which also `make sanitize` runs: many more, and watched by sanitizers."""
-    command = [sys.executable, ROOT / "tools/fuzz_ops.py", "--seed", "1", "--cases", "1500"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    command = [sys.executable, ROOT / "tools/fuzz_ops.py", "--seed", "1", "--cases", "1000"]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     accepted, refused_ones = map(int, re.findall(r"(\d+) (?:accepted|refused)", ran.stdout))
-    assert accepted > 300
-    assert refused_ones > 300
+    assert accepted > 200
+    assert refused_ones > 200
 
 
-def test_a_failure_names_its_case(tmp_path: Path) -> None:
-    """A kernel that writes too far, and one that crashes."""
-    for damage, said in (
-        ("case.buffers[0].add_(1)", "beside what the op writes|after something"),
-        ("os.kill(os.getpid(), 11)", "SIGSEGV"),
-    ):
-        program = f"""
+DAMAGED = """
 import os, sys
-sys.argv = ["fuzz_ops.py", "--seed", "7", "--cases", "40"]
 sys.path.insert(0, "tools")
 import fuzz_ops
-class Damaged(fuzz_ops.Case):
-    def tensors(case):
-        return super().tensors()
-run = fuzz_ops.backends.use
-class use(run):
+
+class damaged(fuzz_ops.backends.use):
     def __exit__(self, *error):
         super().__exit__(*error)
-        case = current[0]
-        if case.buffers and case.buffers[0].numel() > 4 and case.seed > 9:
+        if case.seed > 9 and case.buffers and case.buffers[0].numel():
             {damage}
-current = [None]
-make = fuzz_ops.Case.__init__
-def init(case, seed, *rest):
-    make(case, seed, *rest)
-    case.seed = seed
-    current[0] = case
-fuzz_ops.Case.__init__ = init
-fuzz_ops.backends.use = use
+
+class Case(fuzz_ops.Case):
+    def __init__(self, seed, op):
+        global case
+        case, self.seed = self, seed
+        super().__init__(seed, op)
+
+fuzz_ops.Case, fuzz_ops.backends.use = Case, damaged
 sys.exit(fuzz_ops.main())
 """
-        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-        assert ran.returncode == 1
-        assert re.search(rf"case (\d+): .*({said})", ran.stdout), ran.stdout + ran.stderr
-        assert re.search(r"fuzz_ops.py --seed \d+ --cases 1", ran.stdout)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("case.buffers[0].add_(1)", "something was written"),
+        ("os.kill(os.getpid(), 11)", "the process ended with SIGSEGV"),
+        ("os._exit(1)", "the process ended with exit code 1"),
+    ],
+)
+def test_a_failure_names_its_case(damage: str, said: str) -> None:
+    program = DAMAGED.format(damage=damage)
+    command = [sys.executable, "-c", program, "--op", "topk_indices", "--cases", "40"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.returncode == 1
+    (number,) = re.findall(rf"case (\d+): .*{said}", ran.stdout)
+    assert int(number) > 9
+    assert f"tools/fuzz_ops.py --seed {number} --cases 1 --op topk_indices" in ran.stdout
