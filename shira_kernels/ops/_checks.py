@@ -40,7 +40,7 @@ def check_plain(op: str, written: Named, read: Named, writes: bool) -> None:
 def check_storage(op: str, written: Named, read: Named) -> None:
     """The memory of tensors is as large as their shapes say; libraries that shard models give it back meanwhile."""
     for argument, tensor in (*written, *read):
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # by a transform; it has no storage of its own
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # by a transform: without storage
         if tensor.numel() and not tensor.is_meta and not wrapped:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
