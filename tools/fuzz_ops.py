@@ -414,15 +414,15 @@ class Case:
         other = self.random.choice(others)
         if other.dtype == tensor.dtype and other.shape == tensor.shape:
             return other
-        bytes_of = torch.empty(0, dtype=torch.uint8).set_(other.untyped_storage())
-        if bytes_of.numel() > 2**32:
+        memory = torch.empty(0, dtype=torch.uint8).set_(other.untyped_storage())
+        if memory.numel() > 2**32:
             return tensor
         step = tensor.element_size()
-        room = bytes_of.numel() - tensor.nbytes
+        room = memory.numel() - tensor.nbytes
         if room < 0:
             return tensor
         begin = self.random.randrange(0, room // step + 1) * step
-        return bytes_of[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def other_kind(self, tensor: torch.Tensor) -> torch.Tensor:
         plain = tensor.detach()
@@ -557,7 +557,7 @@ def difference(reference: Outcome, other: Outcome) -> str:
 
 def alike(a: torch.Tensor, b: torch.Tensor, case: Case) -> bool:
     if not a.dtype.is_floating_point or a.dtype.itemsize == 1:
-        return torch.equal(a.resolve_neg().reshape(-1).view(torch.uint8), b.resolve_neg().reshape(-1).view(torch.uint8))
+        return torch.equal(bytes_of(a), bytes_of(b))
     if any(name in case.op for name in SUMS):
         inputs = [t for t in case.tensors() if t.dtype.is_floating_point]
         if not all(bool((t.abs() < 1000).all()) for t in inputs):  # sums of these depend on their order
@@ -567,8 +567,12 @@ def alike(a: torch.Tensor, b: torch.Tensor, case: Case) -> bool:
     if case.op == "masked_adamw" and a.dtype == torch.float64:  # torch's square root may be one unit off
         return torch.allclose(a, b, rtol=1e-12, atol=1e-300, equal_nan=True)
     numbers = a.isnan() & b.isnan()  # of NaN the bits may differ
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
-    return bool(((a.contiguous().view(bits) == b.contiguous().view(bits)) | numbers).all())
+    same = (bytes_of(a) == bytes_of(b)).view(-1, a.dtype.itemsize).all(1)
+    return bool((same | numbers.reshape(-1)).all())
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_neg().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 @functools.cache
