@@ -1,10 +1,11 @@
 # Each target makes what it needs: the virtual environment in .venv, all packages, the C++ extension.
-#   make demo | test | test-versions | bench | lint | docs | build | wheel | gpu-compile | gpu-check | clean
+#   make demo | test | test-versions | sanitize | bench | lint | docs | build | wheel | gpu-compile | gpu-check | clean
 # TORCH=2.13.0        the torch to install
 # NUMPY='<2.4'        bounds of the numpy to install; none are set
 # PYTHON=python3      the interpreter that makes .venv; gpu-check uses it as it is
 # PYTHON12=python3.12 the interpreter that makes the environments of test-versions
-# PYTEST_ARGS, BENCH_ARGS, GPU_CHECK_ARGS   further arguments
+# FUZZ_SECONDS=120, FUZZ_CALLS, FUZZ_SEED=1   how long sanitize runs, and from which case; FUZZ_SECONDS=0: until FUZZ_CALLS
+# PYTEST_ARGS, BENCH_ARGS, FUZZ_ARGS, GPU_CHECK_ARGS   further arguments
 
 TORCH ?= 2.13.0
 PYTHON ?= python3
@@ -20,11 +21,15 @@ BUILD_ENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 DOCS_STAMP := $(VENV)/.installed-docs-torch-$(TORCH)
 SOURCES := setup.py $(shell find csrc -type f)
 RESULTS ?= bench-results
+SANITIZED := build/sanitize
+FUZZ_SECONDS ?= 120
+FUZZ_CALLS ?= 0
+FUZZ_SEED ?= 1
 # The oldest Triton that pyproject.toml allows, beside the newest that is installed.
 OLDEST_TRITON := 3.6.0
 TRITON_STAMP := $(VENV)/.triton-$(OLDEST_TRITON)
 
-.PHONY: demo test test-versions bench lint docs build wheel gpu-compile gpu-check clean
+.PHONY: demo test test-versions sanitize bench lint docs build wheel gpu-compile gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -37,6 +42,24 @@ test: wheel
 # The oldest versions that are supported, 5 GB each. With nvcc of CUDA 13 nothing builds for torch 2.10, whose CUDA is 12.8.
 test-versions:
 	MAKE="$(MAKE)" PYTHON="$(PYTHON12)" bash tools/test_versions.sh 2.10.0:cpu 2.11.0:auto
+
+# Every op with hostile arguments, in a build that AddressSanitizer and UndefinedBehaviorSanitizer watch, in a folder of its own.
+# Memory is Python's from malloc too, and C++ is preloaded so that its exceptions are seen.
+sanitize: $(SANITIZED)/lib/shira_kernels/_C.abi3.so
+	rm -rf $(SANITIZED)/package
+	mkdir $(SANITIZED)/package
+	cp -r shira_kernels $(SANITIZED)/package
+	rm -f $(SANITIZED)/package/shira_kernels/_C.*.so
+	cp $< $(SANITIZED)/package/shira_kernels
+	PYTHONPATH=$(SANITIZED)/package PYTHONMALLOC=malloc \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(PY) tools/fuzz_ops.py --seconds $(FUZZ_SECONDS) --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) $(FUZZ_ARGS)
+
+$(SANITIZED)/lib/shira_kernels/_C.abi3.so: $(STAMP) $(SOURCES)
+	SHIRA_BUILD=sanitize $(BUILD_ENV) $(PY) setup.py --quiet build_ext \
+		--build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	touch $@
 
 bench: $(BUILT)
 	mkdir -p $(RESULTS)

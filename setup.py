@@ -3,6 +3,7 @@
 SHIRA_BUILD=auto  CPU kernels where there is a compiler, CUDA kernels where there is an nvcc of torch's CUDA (default)
             cpu   CPU kernels; an error without a compiler
             cuda  CPU and CUDA kernels; an error without nvcc
+            sanitize  CPU kernels that end the process at an address or an operation that is undefined; `make sanitize`
             0     none: the package works on its PyTorch reference and Triton
 
 The extension uses Python's limited API and torch's stable ABI, so a wheel with it serves every Python from 3.10 and
@@ -20,6 +21,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
+SANITIZERS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 NO_COMPILER = "no C++ compiler was found when it was installed"
 
 
@@ -68,8 +70,8 @@ class BuildWithoutCompiler(build_py):
 
 def extension_arguments() -> dict:
     mode = os.environ.get("SHIRA_BUILD", "auto")
-    if mode not in ("auto", "cpu", "cuda", "0"):
-        raise SystemExit(f"SHIRA_BUILD must be auto, cpu, cuda or 0, got {mode!r}")
+    if mode not in ("auto", "cpu", "cuda", "sanitize", "0"):
+        raise SystemExit(f"SHIRA_BUILD must be auto, cpu, cuda, sanitize or 0, got {mode!r}")
     compiler = shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0])
     if "egg_info" in sys.argv or "sdist" in sys.argv or "dist_info" in sys.argv:
         return {}  # nothing is compiled, and torch may not be there yet
@@ -88,13 +90,15 @@ def extension_arguments() -> dict:
         print(f"shira-kernels: {missing}: CPU kernels are built, and no CUDA kernels", file=sys.stderr)
     if missing and mode == "cuda":
         raise SystemExit(f"SHIRA_BUILD=cuda cannot be built: {missing}")
-    with_cuda = mode != "cpu" and not missing
+    with_cuda = mode not in ("cpu", "sanitize") and not missing
     sources = ["csrc/bindings.cpp", *map(str, sorted(Path("csrc").glob("[ch]*/*.cpp")))]
     # Each operation rounds on its own, on every backend; only functions in SHIRA_ISA namespaces use wider instructions.
     # Square roots need not set errno, so they are vectorised.
     macros: list = []
     cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-g0"]
     nvcc = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-ffp-contract=off"]
+    if mode == "sanitize":
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZERS]
     if with_cuda:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         macros += [("USE_CUDA", None), ("SHIRA_CUDA_ARCHITECTURES", f'"{architectures}"')]
@@ -104,6 +108,7 @@ def extension_arguments() -> dict:
         sources,
         define_macros=macros,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=list(SANITIZERS) if mode == "sanitize" else [],
         py_limited_api=True,
     )
     # Only the stable ABI of torch is used, which is here; nothing of c10 or torch_python.

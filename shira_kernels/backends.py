@@ -259,12 +259,14 @@ class use(TorchFunctionMode):
         op = str(packet).partition(".")[2]
         if op not in self.kernels:
             raise RuntimeError(f"backend {self.backend} cannot run shira::{op}: {reason_unavailable(op, self.backend)}")
-        on_gpu = any(tensor.is_cuda for tensor in _tensors((*args, *(kwargs or {}).values())))
+        tensors = list(_tensors((*args, *(kwargs or {}).values())))
+        if any(tensor.is_meta for tensor in tensors):  # without data there is nothing to run, on any backend
+            return func(*args, **(kwargs or {}))
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
         if self.backend != "reference" and on_gpu != (self.backend != "cpu" and not _triton_interprets()):
             where = "on a GPU" if on_gpu else "on the CPU"
             raise RuntimeError(f"backend {self.backend} is forced, but cannot run shira::{op} {where}")
         kernel = self.kernels[op]
-        tensors = _tensors((*args, *(kwargs or {}).values()))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             kernel = with_gradient(op, kernel, lambda: use(self.backend, self.isa))
         return kernel(*args, **(kwargs or {}))

@@ -10,7 +10,7 @@ static void add_sparse_delta_mm(const Tensor& out, const Tensor& x, const Tensor
   check_out(kOp, out, x);
   check_csr(kOp, row_ptr, col, x, last_size(out), "out has columns");
   check_values(kOp, values, col, x);
-  const Tensor inputs = as_contiguous(x);
+  const Tensor inputs = as_contiguous(kOp, "x", x);
   check_in_place(kOp, out, inputs, values, {{"row_ptr", row_ptr}, {"col", col}});
   const TokenGroups groups = all_tokens(kOp, inputs, row_ptr, col, values);
   announce_write(kOp, {"out", out});

@@ -10,7 +10,7 @@ static void add_sparse_delta_mm_batched(const Tensor& out, const Tensor& x, cons
   check_input(kOp, x);
   check_out(kOp, out, x);
   check_adapters(kOp, x, token_adapter, row_ptr, col, values, last_size(out), page_table);
-  const Tensor inputs = as_contiguous(x);
+  const Tensor inputs = as_contiguous(kOp, "x", x);
   std::vector<Argument> read = {{"token_adapter", token_adapter}, {"row_ptr", row_ptr}, {"col", col}};
   if (page_table) read.push_back({"page_table", *page_table});
   check_in_place(kOp, out, inputs, values, std::move(read));

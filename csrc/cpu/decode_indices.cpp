@@ -57,7 +57,7 @@ Tensor decode_indices(const Tensor& code_tensor, int64_t nnz, int64_t numel) {
   if (dtype_of(code_tensor) != aoti_torch_dtype_uint8())
     fail(kOp, "code", "must be uint8, got " + dtype_name(dtype_of(code_tensor)));
   if (code_tensor.dim() != 1) fail(kOp, "code", "must be 1-D, got shape " + shape_of(code_tensor));
-  if (!code_tensor.is_contiguous()) fail(kOp, "code", "must be contiguous");
+  check_memory(kOp, "code", code_tensor);
   if (numel < 0 || numel > kMaxNumel) fail(kOp, "numel", "must lie in [0, 2^62], got " + std::to_string(numel));
   if (nnz < 0 || nnz > numel)
     fail(kOp, "nnz", "must lie in [0, " + std::to_string(numel) + "], got " + std::to_string(nnz));

@@ -86,11 +86,15 @@ void write_sums(const TokenGroups& groups, const Tensor& out, bool accumulate) {
 
 }  // namespace
 
-Tensor new_output(const Tensor& x, int64_t rows) {
+Tensor new_output(const char* op, const Tensor& x, int64_t rows) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(rows);
-  return torch::stable::new_empty(x, shape);
+  try {
+    return torch::stable::new_empty(x, shape);
+  } catch (const std::runtime_error&) {  // which says nothing of why
+    fail(op, "x", "must have a result that fits in memory, got shape " + shape_of(x));
+  }
 }
 
 void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, const Tensor& out, bool accumulate) {

@@ -6,7 +6,7 @@
 namespace shira {
 
 // [..., rows] like x, not initialised.
-Tensor new_output(const Tensor& x, int64_t rows);
+Tensor new_output(const char* op, const Tensor& x, int64_t rows);
 
 // Adds the product to `out`, or writes the tokens of `out` that are in a group. x is that of the groups.
 void multiply(const TokenGroups& groups, const Tensor& x, const Tensor& values, const Tensor& out, bool accumulate);

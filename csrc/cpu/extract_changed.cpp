@@ -52,10 +52,12 @@ std::tuple<Tensor, Tensor> extract_changed(const Tensor& base, const Tensor& tun
   if (shape_of(tuned) != shape_of(base))
     fail(kOp, "tuned", "must have the shape of base, " + shape_of(base) + ", got " + shape_of(tuned));
   if (!same_device(tuned, base)) fail(kOp, "tuned", "must be on the device of base");
+  check_storage(kOp, "base", base);
+  check_storage(kOp, "tuned", tuned);
   refuse_grad(kOp, {"base", base});
   refuse_grad(kOp, {"tuned", tuned});
 
-  const Tensor old_tensor = as_contiguous(base), new_tensor = as_contiguous(tuned);
+  const Tensor old_tensor = as_contiguous(kOp, "base", base), new_tensor = as_contiguous(kOp, "tuned", tuned);
   const void* old_elements = old_tensor.data_ptr();
   const void* new_elements = new_tensor.data_ptr();
   const int64_t numel = base.numel();

@@ -58,7 +58,7 @@ void check_form(const std::vector<Tensor>& indices, const std::vector<Tensor>& v
   if (dtype_of(weights) != aoti_torch_dtype_float32())
     fail(kOp, "weights", "must be torch.float32, got " + dtype_name(dtype_of(weights)));
   if (weights.dim() != 1) fail(kOp, "weights", "must be 1-D, got shape " + shape_of(weights));
-  if (!weights.is_contiguous()) fail(kOp, "weights", "must be contiguous");
+  check_memory(kOp, "weights", weights);
   if (!same_device(weights, indices[0])) fail(kOp, "weights", "must be on the device of indices");
   if (weights.numel() != static_cast<int64_t>(indices.size()))
     fail(kOp, "weights",

@@ -89,6 +89,7 @@ CsrRows check(const Tensor& grad_output, const Tensor& x, const Tensor& row_ptr,
   if (!same)
     fail(kOp, "grad_output", "must be [..., out] beside x [..., in] " + shape_of(x) + ", got " + shape_of(grad_output));
   if (!same_device(grad_output, x)) fail(kOp, "grad_output", "must be on the device of x");
+  check_storage(kOp, "grad_output", grad_output);
   check_csr(kOp, row_ptr, col, x, last_size(grad_output), "grad_output has columns");
   refuse_grad(kOp, {"grad_output", grad_output});
   refuse_grad(kOp, {"x", x});
@@ -107,8 +108,8 @@ Tensor masked_grad(const Tensor& grad_output, const Tensor& x, const Tensor& row
   const CpuKernels& kernels = cpu_kernels();
   count_call(kernels);
   if (nnz > 0 && x.numel() > 0)
-    run(kernels.masked_grad(operand, entries.wide_col), entries, as_contiguous(grad_output), as_contiguous(x),
-        sums.data_ptr());
+    run(kernels.masked_grad(operand, entries.wide_col), entries, as_contiguous(kOp, "grad_output", grad_output),
+        as_contiguous(kOp, "x", x), sums.data_ptr());
   return sums;
 }
 

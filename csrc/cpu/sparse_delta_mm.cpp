@@ -9,9 +9,9 @@ static Tensor sparse_delta_mm(const Tensor& x, const Tensor& row_ptr, const Tens
   check_input(kOp, x);
   check_csr(kOp, row_ptr, col, x, out_features, "out_features");
   check_values(kOp, values, col, x);
-  const Tensor inputs = as_contiguous(x);
+  const Tensor inputs = as_contiguous(kOp, "x", x);
+  Tensor out = new_output(kOp, x, out_features);  // before a list of its tokens is made
   const TokenGroups groups = all_tokens(kOp, inputs, row_ptr, col, values);
-  Tensor out = new_output(x, out_features);
   multiply(groups, inputs, values, out, false);
   return out;
 }

@@ -24,7 +24,8 @@ struct Arenas {
         page_size(table ? columns.size(1) : 0),
         pages_per_adapter(table ? table->size(1) : 0) {}
 
-  int64_t room() const { return page_size > 0 ? pages_per_adapter * page_size : pages; }
+  // Without a page there is no entry, however long its pages would be.
+  int64_t room() const { return page_size == 0 ? pages : pages == 0 ? 0 : pages_per_adapter * page_size; }
 };
 
 void check_pages(const char* op, const Arenas& arenas, int64_t adapter, const DeltaEntries& entries) {
@@ -156,6 +157,7 @@ TokenGroups all_tokens(const char* op, const Tensor& x, const Tensor& row_ptr, c
   const CsrRows all = rows_of(row_ptr, col, last_size(x));
   check_borders(op, all, values.numel(), cpu_kernels());
   TokenGroups result;
+  if (all.end == 0) return result;  // there is nothing to write, for however many tokens
   result.tokens.resize(static_cast<size_t>(tokens_of(x)));
   std::iota(result.tokens.begin(), result.tokens.end(), 0);
   result.groups.push_back({0, tokens_of(x), {all, values.data_ptr(), nullptr, 0}, {}});

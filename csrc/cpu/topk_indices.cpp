@@ -130,10 +130,11 @@ static Tensor topk_indices(const Tensor& scores, int64_t k) {
   const Element element = element_of(dtype_of(scores));
   if (element == Element::Other)
     fail(kOp, "score", "must be float64, float32, bfloat16 or float16, got " + dtype_name(dtype_of(scores)));
+  check_storage(kOp, "score", scores);
   const int64_t numel = scores.numel();
   if (k < 0 || k > numel)
     fail(kOp, "k", "must lie in [0, " + std::to_string(numel) + "], the number of scores, got " + std::to_string(k));
-  const Tensor score = as_contiguous(scores);
+  const Tensor score = as_contiguous(kOp, "score", scores);
   const CpuKernels& kernels = cpu_kernels();
   const bool wide = numel >= (int64_t{1} << 31);
   Search search{

@@ -55,6 +55,7 @@ std::vector<bool> check_grads(const char* op, const std::vector<WeightPart>& par
 int64_t check_step(const char* op, float step) {
   if (!(step >= 1 && step == std::floor(step) && std::isfinite(step)))
     fail(op, "step", "must be a whole number of at least 1, got " + std::to_string(step));
+  if (step >= 0x1p63f) fail(op, "step", "must be below 2^63, got " + std::to_string(step));
   return static_cast<int64_t>(step);
 }
 
@@ -98,6 +99,7 @@ AdamWCall check_adamw(const char* op, const std::vector<Tensor>& weights, const 
   for (const Argument& state : states) check_vector(op, state.name.c_str(), state.tensor, indices);
   if (dtype_of(step) != aoti_torch_dtype_float32() || step.dim() != 0)
     fail(op, "step", "must be a 0-d float32 tensor, got " + dtype_name(dtype_of(step)) + " of shape " + shape_of(step));
+  check_storage(op, "step", step);
   if (!step.is_cpu() && !same_device(step, indices))
     fail(op, "step", "must be on the CPU or on " + device_name(indices) + ", got " + device_name(step));
 

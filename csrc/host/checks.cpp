@@ -101,11 +101,38 @@ void check_device(const char* op, const Name& argument, const Tensor& tensor, co
     fail(op, argument, "must be on " + device_name(like) + " like the others, got " + device_name(tensor));
 }
 
-void check_memory(const char* op, const Name& argument, const Tensor& tensor) {
+void check_storage(const char* op, const Name& argument, const Tensor& tensor) {
   int32_t layout;
   check_status(aoti_torch_get_layout(tensor.get(), &layout), "aoti_torch_get_layout");
-  if (layout != aoti_torch_layout_strided()) fail(op, argument, "must be contiguous, not sparse");
+  if (layout != aoti_torch_layout_strided()) fail(op, argument, "must be a strided tensor");
+  if (tensor.numel() == 0) return;
+  int64_t size, offset;
+  check_status(aoti_torch_get_storage_size(tensor.get(), &size), "aoti_torch_get_storage_size");
+  check_status(aoti_torch_get_storage_offset(tensor.get(), &offset), "aoti_torch_get_storage_offset");
+  int64_t last = tensor.numel() - 1;
+  if (!tensor.is_contiguous()) {
+    last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  }
+  const int64_t needed = (offset + last + 1) * static_cast<int64_t>(tensor.element_size());
+  if (size < needed)
+    fail(op, argument,
+         "must have its elements in memory, got " + std::to_string(needed) + " bytes in storage that was resized");
+}
+
+void check_memory(const char* op, const Name& argument, const Tensor& tensor) {
+  check_storage(op, argument, tensor);
   if (!tensor.is_contiguous()) fail(op, argument, "must be contiguous, got strides " + strides_of(tensor));
+}
+
+Tensor as_contiguous(const char* op, const Name& argument, const Tensor& tensor) {
+  // torch::stable::contiguous finds its op by name at each call, also where there is nothing to do.
+  if (tensor.is_contiguous()) return tensor;
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::runtime_error&) {  // which says nothing of why
+    fail(op, argument, "must fit in memory once more unless it is contiguous, got shape " + shape_of(tensor));
+  }
 }
 
 bool check_indices(const char* op, const Tensor& indices, const char* name) {
@@ -130,6 +157,7 @@ const int64_t* check_offsets(const char* op, const Tensor& offsets, int64_t weig
                              const char* name) {
   if (dtype_of(offsets) != aoti_torch_dtype_int64())
     fail(op, name, "must be int64, got " + dtype_name(dtype_of(offsets)));
+  check_storage(op, name, offsets);
   if (offsets.dim() != 1 || !offsets.is_contiguous())
     fail(op, name, "must be 1-D and contiguous, got shape " + shape_of(offsets));
   if (offsets.numel() != weights + 1)

@@ -80,8 +80,14 @@ std::string device_name(const Tensor& tensor);
 // On the device of `like`.
 void check_device(const char* op, const Name& argument, const Tensor& tensor, const Tensor& like);
 
-// Strided and contiguous.
+// Strided, and its memory is as large as its shape says; libraries that shard models give it back meanwhile.
+void check_storage(const char* op, const Name& argument, const Tensor& tensor);
+
+// The same, and contiguous.
 void check_memory(const char* op, const Name& argument, const Tensor& tensor);
+
+// The tensor, or its elements side by side in a copy.
+Tensor as_contiguous(const char* op, const Name& argument, const Tensor& tensor);
 
 // int32 or int64, 1-D, contiguous. Returns whether it is int64.
 bool check_indices(const char* op, const Tensor& indices, const char* name = "indices");

@@ -30,9 +30,4 @@ inline Tensor empty_vector(int64_t size, int32_t dtype) {
   return Tensor(handle);
 }
 
-// torch::stable::contiguous finds its op by name at each call, also where there is nothing to do.
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 }  // namespace shira

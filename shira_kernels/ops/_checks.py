@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
 import torch
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 COLUMN_DTYPES = (torch.int32, torch.uint16)
-Named = Iterable[tuple[str, torch.Tensor]]
+Named = list[tuple[str, torch.Tensor]]
 
 
 class ListNames(NamedTuple):
@@ -28,10 +27,29 @@ def fail(op: str, argument: str, message: str) -> NoReturn:
     raise RuntimeError(f"shira::{op}: {argument} {message}")
 
 
+def check_plain(op: str, written: Named, read: Named, writes: bool) -> None:
+    """Tensors have their elements in memory. An op that writes gets no copies of lazy views, which others do."""
+    for argument, tensor in (*written, *read):
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
+            fail(op, argument, f"must be a strided tensor, got {kind}")
+        if writes and (tensor.is_neg() or tensor.is_conj()):
+            fail(op, argument, "must not be lazily negated or conjugated")
+
+
+def check_storage(op: str, written: Named, read: Named) -> None:
+    """The memory of tensors is as large as their shapes say; libraries that shard models give it back meanwhile."""
+    for argument, tensor in (*written, *read):
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # by a transform: without storage
+        if tensor.numel() and not tensor.is_meta and not wrapped:
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+            if tensor.untyped_storage().nbytes() < needed:
+                fail(op, argument, f"must have its elements in memory, got {needed} bytes in storage that was resized")
+
+
 def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
-    """Strided and contiguous."""
-    if tensor.layout != torch.strided:
-        fail(op, argument, "must be contiguous, not sparse")
+    """Contiguous."""
     if not tensor.is_contiguous():
         fail(op, argument, f"must be contiguous, got strides {tensor.stride()}")
 

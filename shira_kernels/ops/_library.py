@@ -28,6 +28,8 @@ _REFUSED_KEYS = {
     "Conjugate": "tensors must not be lazily conjugated: use .resolve_conj()",
     "FuncTorchDynamicLayerFrontMode": "writes in place, which torch.func transforms cannot follow",
 }
+# Those of nested tensors, which no other covers: without a kernel, torch refuses them itself, and names no argument.
+_NESTED_KEYS = ("NestedTensorCPU", "NestedTensorCUDA", "AutogradNestedTensor")
 
 
 class Op(NamedTuple):
@@ -58,7 +60,8 @@ def define(
 
     The default is the kernel of every device that has no kernel of its own; a C++ kernel for a device takes precedence
     whichever is registered first. Before any kernel in Python come, in this order: `form`; that no argument requires
-    grad outside no_grad, and that what the schema writes shares no memory with another argument; and `contents`.
+    grad outside no_grad, and that what the schema writes shares no memory with another argument; and `contents`. Before
+    them all: that each tensor has its elements in memory, which sparse, nested and quantized ones have not.
 
     Args:
         schema: of `torch.library`, with `(a!)` at what is written.
@@ -74,6 +77,7 @@ def define(
     name, signature = schema.split("(", 1)
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     arguments = _arguments_of(name)
+    named, writes = _named_by(arguments), any(map(_is_written, arguments))
     check = _check_of(name, arguments, form, contents, host_contents, allows_grad)
 
     def default(*args: Any, **kwargs: Any) -> Any:
@@ -86,10 +90,12 @@ def define(
 
     def fake_kernel(*args: Any, **kwargs: Any) -> Any:
         args = _positional(arguments, args, kwargs)
+        _checks.check_plain(name, *named(args), writes)
         form(*args)
         return None if fake is None else fake(*args)
 
-    library.impl(name, default, "CompositeExplicitAutograd")
+    for key in ("CompositeExplicitAutograd", *_NESTED_KEYS):
+        library.impl(name, default, key)
     if "!" in signature:
         _refuse_changed_tensors(library, name)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake_kernel, lib=library)
@@ -109,31 +115,18 @@ def _check_of(
     allows_grad: bool,
 ) -> Callable[..., list[torch.Tensor]]:
     """An op's `check`, from the arguments of its schema."""
-    # Of each argument: its name, whether it is a list, and whether it is written; None of what is not a tensor.
-    kinds = [
-        (argument.name, "List" in str(argument.type), _is_written(argument)) if "Tensor" in str(argument.type) else None
-        for argument in arguments
-    ]
-    writes = any(map(_is_written, arguments))
+    named, writes = _named_by(arguments), any(map(_is_written, arguments))
     read_by = {True: contents, False: host_contents}
 
     def check(*args: Any, contents: bool = True, **kwargs: Any) -> list[torch.Tensor]:
         if kwargs:
             args = _positional(arguments, args, kwargs)
+        written, read = named(args)
+        _checks.check_plain(op, written, read, writes)
         form(*args)
-        written: list[tuple[str, torch.Tensor]] = []
-        read: list[tuple[str, torch.Tensor]] = []
-        if writes or (torch.is_grad_enabled() and not allows_grad):
-            for kind, argument in zip(kinds, args, strict=False):  # trailing ones may have their defaults
-                if kind is None or argument is None:
-                    continue
-                name, is_list, is_written = kind
-                group = written if is_written else read
-                if is_list:
-                    group += [(f"{name}[{i}]", tensor) for i, tensor in enumerate(argument)]
-                else:
-                    group.append((name, argument))
+        if not allows_grad:
             _checks.check_autograd(op, written, read)
+        _checks.check_storage(op, written, read)
         if writes:
             _checks.check_overlap(op, written, read)
         if (reads := read_by[contents]) is not None:
@@ -141,6 +134,31 @@ def _check_of(
         return [tensor for _, tensor in written]
 
     return check
+
+
+def _named_by(arguments: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[_checks.Named, _checks.Named]]:
+    """Gives, for a schema's arguments, what names the tensors of a call: those that it writes, and the others."""
+    # Of each argument: its name, whether it is a list, and whether it is written; None of what is not a tensor.
+    kinds = [
+        (argument.name, "List" in str(argument.type), _is_written(argument)) if "Tensor" in str(argument.type) else None
+        for argument in arguments
+    ]
+
+    def named(args: Sequence[Any]) -> tuple[_checks.Named, _checks.Named]:
+        written: _checks.Named = []
+        read: _checks.Named = []
+        for kind, argument in zip(kinds, args, strict=False):  # trailing ones may have their defaults
+            if kind is None or argument is None:
+                continue
+            name, is_list, is_written = kind
+            group = written if is_written else read
+            if is_list:
+                group += [(f"{name}[{i}]", tensor) for i, tensor in enumerate(argument)]
+            else:
+                group.append((name, argument))
+        return written, read
+
+    return named
 
 
 def _is_written(argument: Any) -> bool:

@@ -26,10 +26,7 @@ def check_out(op: str, out: torch.Tensor, x: torch.Tensor) -> None:
         _checks.fail(op, "out", f"must be on {x.device} like x, got {out.device}")
     if out.dim() != x.dim() or out.shape[:-1] != x.shape[:-1]:
         _checks.fail(op, "out", f"must be [..., out] beside x [..., in] {tuple(x.shape)}, got {tuple(out.shape)}")
-    if out.layout != torch.strided or not out.is_contiguous():
-        _checks.fail(op, "out", f"must be contiguous, got strides {getattr(out, 'stride', tuple)()}")
-    if out.is_conj() or out.is_neg() or x.is_conj() or x.is_neg():
-        _checks.fail(op, "out and x", "must not be lazily negated or conjugated")
+    _checks.check_memory(op, "out", out)
 
 
 def form(out: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor) -> None:

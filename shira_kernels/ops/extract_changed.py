@@ -21,9 +21,6 @@ Changed = tuple[torch.Tensor, torch.Tensor]
 
 
 def form(base: torch.Tensor, tuned: torch.Tensor) -> None:
-    for argument, tensor in (("base", base), ("tuned", tuned)):
-        if tensor.layout != torch.strided:
-            _checks.fail(OP, argument, f"must be a strided tensor, got {tensor.layout}")
     if base.element_size() > 8:
         _checks.fail(OP, "base", f"must have elements of 1, 2, 4 or 8 bytes, got {base.dtype}")
     if tuned.dtype != base.dtype:

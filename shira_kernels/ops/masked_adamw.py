@@ -76,7 +76,7 @@ def _check_weight(argument: str, weight: torch.Tensor, first: torch.Tensor) -> N
         _checks.fail(OP, argument, f"must be {first.dtype} like weights[0], got {weight.dtype}")
     if weight.device != first.device:
         _checks.fail(OP, argument, f"must be on {first.device} like weights[0], got {weight.device}")
-    _check_memory(argument, weight)
+    _checks.check_memory(OP, argument, weight)
 
 
 def _check_grad(argument: str, grad: torch.Tensor, weight: torch.Tensor, first: torch.Tensor) -> None:
@@ -93,19 +93,15 @@ def _check_grad(argument: str, grad: torch.Tensor, weight: torch.Tensor, first: 
             f"must have the weight's shape {tuple(weight.shape)} or be 1-D with one entry per index, "
             f"got shape {tuple(grad.shape)}",
         )
-    _check_memory(argument, grad)
-
-
-def _check_memory(argument: str, tensor: torch.Tensor) -> None:
-    _checks.check_memory(OP, argument, tensor)
-    if tensor.is_neg():
-        _checks.fail(OP, argument, "must not be lazily negated")
+    _checks.check_memory(OP, argument, grad)
 
 
 def _check_step(step: torch.Tensor) -> None:
     number = float(step)
     if not (number >= 1 and number.is_integer()):
         _checks.fail(OP, "step", f"must be a whole number of at least 1, got {number}")
+    if number >= 2**63:
+        _checks.fail(OP, "step", f"must be below 2^63, got {number}")
 
 
 def _check_lengths(

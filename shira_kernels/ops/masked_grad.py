@@ -29,9 +29,6 @@ def form(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col:
         _checks.fail(
             OP, "grad_output", f"must be [..., out] beside x [..., in] {tuple(x.shape)}, got {tuple(grad_output.shape)}"
         )
-    for argument, tensor in (("grad_output", grad_output), ("x", x)):
-        if tensor.layout != torch.strided:
-            _checks.fail(OP, argument, f"must be a strided tensor, got {tensor.layout}")
     if grad_output.device != x.device:
         _checks.fail(OP, "grad_output", f"must be on {x.device} like x, got {grad_output.device}")
     _checks.check_csr(OP, row_ptr, col, grad_output.shape[-1], x, "grad_output has columns")

@@ -35,8 +35,6 @@ def check_entries(
 ) -> None:
     """Checks the form of one weight and of its vectors."""
     _checks.check_memory(op, argument, weight)
-    if any(t is not None and (t.is_conj() or t.is_neg()) for t in (weight, values, saved)):
-        _checks.fail(op, f"{argument}, {names.values} and saved", "must not be lazily negated or conjugated")
     if weight.element_size() > 8:
         _checks.fail(op, argument, f"must have elements of 1, 2, 4 or 8 bytes, got {weight.dtype}")
     if (additive or alpha != 1.0) and weight.dtype not in ARITHMETIC:

@@ -38,6 +38,11 @@ def check_lists(
         if weight.device != weights[0].device:
             _checks.fail(op, f"weights[{i}]", f"must be on {weights[0].device} like weights[0], got {weight.device}")
         check_entries(op, weight, indices, values, alpha, additive, saved, f"weights[{i}]", names)
+    if not weights:
+        _checks.check_indices(op, indices, indices, names.indices)
+        for argument, tensor in ((names.values, values), ("saved", saved)):
+            if tensor is not None:
+                _checks.check_vector(op, argument, tensor, indices, indices.shape[0])
 
 
 def check_list_contents(

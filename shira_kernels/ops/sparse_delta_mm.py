@@ -27,8 +27,6 @@ def check_input(op: str, x: torch.Tensor) -> None:
         _checks.fail(op, "x", f"must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
         _checks.fail(op, "x", "must have at least one dimension, [..., in]")
-    if x.layout != torch.strided:
-        _checks.fail(op, "x", f"must be a strided tensor, got {x.layout}")
 
 
 def check_values(op: str, values: torch.Tensor, col: torch.Tensor, x: torch.Tensor) -> None:

@@ -93,7 +93,8 @@ def check_adapter_contents(
             continue
         borders = row_ptr[adapter].long()
         first, last = int(borders[0]), int(borders[-1])
-        room = col.shape[0] if page_table is None else page_table.shape[1] * col.shape[1]
+        # Without a page there is no entry, however long its pages would be.
+        room = col.shape[0] if page_table is None or not col.shape[0] else page_table.shape[1] * col.shape[1]
         if first < 0 or last > room or bool((borders.diff() < 0).any()):
             _checks.fail(
                 op, "row_ptr", f"of adapter {adapter} must rise within [0, {room}], got from {first} to {last}"

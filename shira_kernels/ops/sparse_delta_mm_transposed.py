@@ -19,6 +19,7 @@ import torch
 from shira_kernels.dtypes import index_dtype
 from shira_kernels.ops import _checks
 from shira_kernels.ops._library import define
+from shira_kernels.ops.encode_indices import MAX_NUMEL
 from shira_kernels.ops.sparse_delta_mm import check_input, check_values
 
 OP = "sparse_delta_mm_transposed"
@@ -26,6 +27,8 @@ COMPOSED_OF = "sparse_delta_mm"  # the op whose kernels it runs; it has none of 
 
 
 def form(x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor, values: torch.Tensor, in_features: int) -> None:
+    if not 0 <= in_features <= MAX_NUMEL:
+        _checks.fail(OP, "in_features", f"must lie in [0, 2^62], got {in_features}")
     check_input(OP, x)
     _checks.check_csr(OP, row_ptr, col, x.shape[-1], x, "x has columns")
     check_values(OP, values, col, x)

@@ -21,8 +21,6 @@ OP = "topk_indices"
 def form(score: torch.Tensor, k: int) -> None:
     if score.dtype not in ARITHMETIC:
         _checks.fail(OP, "score", f"must be float64, float32, bfloat16 or float16, got {score.dtype}")
-    if score.layout != torch.strided:
-        _checks.fail(OP, "score", f"must be a strided tensor, got {score.layout}")
     if not 0 <= k <= score.numel():
         _checks.fail(OP, "k", f"must lie in [0, {score.numel()}], the number of scores, got {k}")
 

@@ -17,7 +17,7 @@ def fuse_adapters(
     if policy == "last":
         last = values[0].new_empty(union.numel())
         for place, entries in zip(places, values, strict=True):
-            as_bits(last)[place] = as_bits(entries)
+            as_bits(last)[place] = as_bits(entries.resolve_neg())
         return union.to(index_dtype), last
 
     compute = compute_dtype(values[0].dtype)

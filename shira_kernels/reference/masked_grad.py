@@ -11,8 +11,9 @@ _PART_BYTES = 1 << 26  # of gathered columns held at a time
 
 def masked_grad(grad_output: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
     compute = compute_dtype(x.dtype)
-    g = grad_output.reshape(-1, grad_output.shape[-1]).to(compute)
-    inputs = x.reshape(-1, x.shape[-1]).to(compute)
+    tokens = x.shape[:-1].numel()
+    g = grad_output.reshape(tokens, grad_output.shape[-1]).to(compute)
+    inputs = x.reshape(tokens, x.shape[-1]).to(compute)
     rows = torch.repeat_interleave(
         torch.arange(row_ptr.numel() - 1, device=col.device), row_ptr.diff().long(), output_size=col.numel()
     )
