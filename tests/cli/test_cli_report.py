@@ -281,6 +281,21 @@ def test_many_adapters_and_kinds_are_drawn() -> None:
     assert compare.kind_of("a.0.b1.2.w") == "a.*.b1.*.w"
 
 
+def test_adapters_that_may_have_names_of_different_checkpoints(files: Path) -> None:
+    """Without a base nothing tells whether the names mean the same tensors, so 0 % is not all that is said."""
+    a = Adapter.load(files / "a.safetensors")
+    elsewhere = Adapter({f"model.{name}": tensor for name, tensor in a.items()})
+    found = compare.compare({"a": a, "same": a, "elsewhere": elsewhere, "empty": Adapter({})}, None)
+    apart = [note for note in found.notes if "no tensor of the same name" in note]
+    assert [note.partition(" have ")[0] for note in apart] == ["a and elsewhere", "same and elsewhere"]
+
+
+def test_adapters_that_change_nothing() -> None:
+    found = compare.compare({"a": Adapter({}), "b": Adapter({})}, None)
+    assert not found.notes
+    assert picture.picture(found).startswith(b"\x89PNG")
+
+
 def test_a_folder_of_weights(files: Path, base: dict[str, torch.Tensor], tmp_path: Path) -> None:
     folder = TensorFolder(files / "sharded")
     assert sorted(folder) == sorted(base)

@@ -64,3 +64,6 @@ def test_shards_are_refused_by_name(way: str) -> None:
     for what in (adapter, shira.ShiraConfig(["layer"])):
         with pytest.raises(ValueError, match=r"layer.weight: it is a DTensor, .*: attach takes the whole model"):
             shira.attach(model, what)
+    for use in (lambda: shira.diff(model, model), lambda: shira.fuse([(adapter, 1.0)], base=model)):
+        with pytest.raises(ValueError, match=r"\w+: \w+\.weight: it is a DTensor, .*: give the whole tensor"):
+            use()

@@ -51,10 +51,10 @@ FORMS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def bank_of(model: nn.Module) -> shira.ResidentAdapters:
+def bank_of(model: nn.Module, prefix: str = "") -> shira.ResidentAdapters:
     bank = shira.ResidentAdapters(model)
     for i, name in enumerate(("blue", "paint")):
-        bank.add(name, make(model, i, ["called.weight", "read.weight"], density=0.5))
+        bank.add(name, make(model, i, [f"{prefix}called.weight", f"{prefix}read.weight"], density=0.5))
     return bank
 
 
@@ -102,6 +102,15 @@ def test_compiled_code_does_not_read_it_either() -> None:
         run(X)
         with bank.batch(["blue", None]), pytest.raises(Exception, match="reads the weight of 'read'"):
             run(X)
+
+
+def test_what_a_compiled_model_leaves_to_python_is_refused_in_the_same_words() -> None:
+    """Dynamo gives up the frames around an error, and is not let into the trial that then begins."""
+    torch._dynamo.reset()
+    model = nn.Sequential(Reads(USES["linear"]))
+    bank, run = bank_of(model, "0."), torch.compile(model, backend="eager")
+    with torch.no_grad(), bank.batch(["blue", None]), pytest.raises(RuntimeError, match=r"the weight of '0\.read'"):
+        run(X)
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])

@@ -15,6 +15,7 @@ from shira.adapter.tensor import AdapterTensor
 from shira.files.checkpoint import Base, TensorFolder, open_tensors
 from shira.files.errors import ArgumentError, Piece, warn
 from shira.model.conversions import model_of
+from shira.model.modules import sharded
 from shira.model.names import HELD, canonical, canonical_in, state_buffers, state_names
 from shira.model.placement import Layout
 from shira_kernels.bits import as_bits, gathered
@@ -32,7 +33,8 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         argument: what messages call it.
 
     Raises:
-        ValueError: `base` is none of these, or no whole safetensors are there.
+        ValueError: `base` is none of these, or no whole safetensors are there; later, if a tensor that is asked for is
+            a DTensor.
         OSError: something cannot be read.
     """
 
@@ -52,7 +54,10 @@ class BaseTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         name = self.kept_name(name)
         if name in self._own:
-            return self._tensors[self._own[name]].detach()
+            tensor = self._tensors[self._own[name]].detach()
+            if reason := sharded(tensor):
+                raise ArgumentError(self._argument, f": {name}: {reason}: give the whole tensor")
+            return tensor
         if self.layout is None:
             raise KeyError(name)
         return self.layout.assembled(name, self.__getitem__)

@@ -102,8 +102,8 @@ def awom(a: Source, b: Source, base: Base | None = None) -> float:
 
     Args:
         a, b: adapters or their files.
-        base: what they were trained on, as in `shira.fuse`; needed for adapters of kind "replace" and for files without
-            indices.
+        base: what they were trained on, as in `shira.fuse`; needed for adapters of kind "replace", for files without
+            indices, and where the adapters have the names of different checkpoints of one model.
 
     Raises:
         ValueError: there is no base and one is needed, or it is another one; the adapters have a tensor in different
@@ -131,7 +131,8 @@ def overlap(a: Source, b: Source, base: Base | None = None) -> float:
 
     Args:
         a, b: adapters or their files.
-        base: what they were trained on, as in `shira.fuse`; only files without indices need it.
+        base: what they were trained on, as in `shira.fuse`; needed for files without indices, and where the adapters
+            have the names of different checkpoints of one model, since without it only equal names meet.
 
     Raises:
         ValueError: the adapters have a tensor in different shapes; a file is not a valid adapter (AdapterFormatError).

@@ -106,7 +106,10 @@ class _Form(torch.Tensor):
             if not isinstance(result, torch.Tensor):
                 return result
         layer = next((x.shira_name for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)), "")
-        raise RuntimeError(f"batch: the model reads the weight of {layer!r} without calling the layer: use switch")
+        raise RuntimeError(
+            f"batch: the model reads the weight of {layer!r} without calling the layer: switch to the adapters that "
+            "change it, and remove them from the bank before a batch of others"
+        )
 
 
 def _with_delta(out: torch.Tensor, x: torch.Tensor, table: Table, slots: torch.Tensor) -> torch.Tensor:

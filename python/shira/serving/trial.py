@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,8 +47,7 @@ def _watched_class(original: type[nn.Module]) -> type[_Watched]:
         trial: Trial | None = None if torch.compiler.is_compiling() else vars(self).get("shira_trial")
         if trial is None:
             return original.__call__(self, *args, **kwargs)
-        with trial.during(self, (args, kwargs)):
-            return original.__call__(self, *args, **kwargs)
+        return _undisturbed(trial.call)(functools.partial(original.__call__, self), self, args, kwargs)
 
     names = {each: getattr(original, each) for each in ("__module__", "__qualname__", "__doc__")}
     return type(original.__name__, (_Watched, original), {"__call__": call, "shira_unwatched": original, **names})
@@ -95,22 +94,21 @@ class Trial:
         """Takes back what `open` did, wherever that was interrupted."""
         self._forget(self._watched)
 
-    @contextmanager
-    def during(self, module: nn.Module, inputs: object) -> Iterator[None]:
-        """Computes the calls in the block twice, which are those of a module, unless one around it is."""
+    def call(self, own: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Gives what a module's own call gives, computed twice unless one around it is."""
         captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if captured or not self._lock.acquire(blocking=False):
-            yield
-            return
+            return own(*args, **kwargs)
         torch.clear_autocast_cache()  # rounded weights of before would pass for a part of the batch
         try:
-            with _uncompiled(), _Exchanged(self._model, self._names, self._rows, self._layout, inputs):
-                yield
+            with _uncompiled(), _Exchanged(self._model, self._names, self._rows, self._layout, (args, kwargs)):
+                out = own(*args, **kwargs)
         finally:
             self._lock.release()
         inside = set(module.modules())
         self._forget([each for each in self._watched if each in inside])
         self._tried([layer for layer in self._layers if layer in inside])
+        return out
 
     @staticmethod
     def _forget(modules: Iterable[nn.Module]) -> None:
@@ -118,6 +116,12 @@ class Trial:
             if isinstance(module, _Watched):
                 module.__class__ = module.shira_unwatched  # type: ignore[assignment]
             vars(module).pop("shira_trial", None)
+
+
+def _undisturbed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps Dynamo off what it left to Python in a compiled model, as after many graph breaks: it would compile the
+    trial itself."""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
 def _uncompiled() -> AbstractContextManager[object]:

@@ -86,7 +86,8 @@ def compare(
 ) -> Comparison:
     """Compares each adapter with each other one.
 
-    Without a base that some of them need to become deltas, there is only their overlap, and a note says so.
+    Without a base that some of them need to become deltas, there is only their overlap, and a note says so. Without any
+    base, another note names pairs that have no tensor of the same name.
 
     Args:
         adapters: by name, at least two.
@@ -124,6 +125,13 @@ def compare(
     for done, (pair, tensor, first, second) in enumerate(tasks):
         progress(done, len(tasks), f"{' and '.join(pair)}: {tensor}")
         overlaps[pair][tensor] = interference_of(first, second) if has_deltas else overlap_of(first, second)
+    for pair, by_tensor in overlaps.items() if base is None else ():
+        shared = any(all(overlap.entries) for overlap in by_tensor.values())
+        if not shared and all(sum(by_tensor.values(), Overlap()).entries):
+            notes.append(
+                f"{' and '.join(pair)} have no tensor of the same name. If their names are those of different "
+                "checkpoints of one model, --base finds what they share."
+            )
     return Comparison(dict(adapters), overlaps, has_deltas, notes)
 
 

@@ -47,7 +47,7 @@ def picture(found: Comparison) -> bytes:
         "ytick.color": _INK,
     }
     panels = len(measures) + found.has_deltas
-    labels = 0.03 * max(len(_label(kind)) for *_, kind in found.spans)
+    labels = 0.03 * max((len(_label(kind)) for *_, kind in found.spans), default=0)
     heights = [1.4 + 0.36 * max(3, len(found.adapters)), *[1.55] * panels]
     with rc_context(style):
         figure = Figure(figsize=(13, sum(heights) + 0.9 + labels), layout="constrained", facecolor="white")
