@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import shira
 from shira import convert
+from shira.cli.train import chat
 from shira.convert import peft_checks
 from shira.files.checkpoint import INDEX, TensorFolder
 from shira.model.pretrained import sealed
@@ -354,6 +357,10 @@ def test_what_is_not_a_regular_file_is_refused(place: Place) -> None:
         os.mkfifo(folder / name)
         place.train(name, folder, odd)
         place.lines[f"apply-{name}"] = (["apply", folder, adapter, "-o", place.folder / "copy"], odd)
+    place.lines["text"] = (
+        ["train", place.originals / "model", place.folder / "pipe", "-o", place.folder / "text-out"],
+        odd,
+    )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         folder = place.lora(f"with-{name}")
         (folder / name).unlink()
@@ -473,6 +480,36 @@ def test_patterns_that_end_are_taken(tmp_path: Path) -> None:
     many = {"rank_pattern": {f"a{i}": 4 for i in range(7000)}}
     with pytest.raises(ValueError, match="its 7000 patterns are too many for a model of 320 modules"):
         peft_checks.check_patterns(tmp_path, many, names)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes more than 1 s"),
+        (
+            "{% generation %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+            "{% endgeneration %}",
+            "it takes more than 1 s",
+        ),
+        ("{% set a = namespace(b='a') %}{% for i in range(60) %}{% set a.b = a.b ~ a.b %}{% endfor %}", "MemoryError"),
+        ("{% for i in range(99) %}{{ messages[0].content }}{% endfor %}", "it writes 198 characters, more than 99"),
+    ],
+)
+def test_a_chat_template_that_never_ends_or_fills_memory_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, template: str, message: str
+) -> None:
+    monkeypatch.setattr(chat, "_SECONDS", 1)
+    monkeypatch.setattr(chat, "_BYTES", 2**27)
+    monkeypatch.setattr(chat, "_CHARACTERS", 99)
+    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place.originals / "model")
+    tokenizer.chat_template = template
+    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    with pytest.raises(ValueError, match=message):
+        chat.chat_tokens(messages, tokenizer, "a chat")
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert signal.getsignal(signal.SIGVTALRM) is handler
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 def test_a_long_pattern_of_a_file_is_refused(tmp_path: Path) -> None:

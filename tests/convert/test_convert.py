@@ -490,6 +490,8 @@ def test_what_is_no_adapter(base: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "pickle.bin")
     (tmp_path / "old.bin").write_bytes(b"\x80\x02}q")
     (tmp_path / "text").write_text("hello")
+    # The length of safetensors' header may begin as a pickle does.
+    (tmp_path / "cut").write_bytes((640).to_bytes(8, "little") + b'{"a":')
     save_file({"a": torch.zeros(2)}, tmp_path / "weights")
     save_file({"a.indices": torch.zeros(2).int(), "b.values": torch.zeros(2)}, tmp_path / "half")
     (tmp_path / "peft").mkdir()
@@ -502,6 +504,7 @@ def test_what_is_no_adapter(base: Path, tmp_path: Path) -> None:
         "pickle.bin": "looks like a pickle of torch.save, which is never read",
         "old.bin": "looks like a pickle",
         "text": "text: not a whole safetensors file",
+        "cut": "cut: not a whole safetensors file",
         "weights": "weights: no known adapter",
         "half": "half: no known adapter",
         "peft": "no adapter_model.safetensors; adapter_model.bin is a pickle, which is never read",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shira import Adapter, AdapterTensor
 from shira.adapter.base import BaseTensors
 from shira.adapter.checksum import checksum_of
 from shira.convert.merge import Fit, fit_of
+from shira.files.checkpoint import TensorFolder
 from shira.model.conversions import Loading, model_of
 from shira.model.placement import boxes_from_modules, identity, localise
 
@@ -270,7 +272,7 @@ def test_a_tied_tensor_that_a_folder_has_twice_gets_both_patched_or_is_refused(
 
 def test_a_folder_that_tells_nothing_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"a.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    assert model_of(tmp_path) is None
+    assert model_of(TensorFolder(tmp_path)) is None
     for text in (
         "[]",
         "{",
@@ -279,15 +281,29 @@ def test_a_folder_that_tells_nothing_costs_nothing(tmp_path: Path, monkeypatch: 
         '{"model_type": "gpt2", "n_layer": -3.5}',
     ):
         (tmp_path / "config.json").write_text(text)
-        assert model_of(tmp_path) is None or text.endswith("-3.5}")
+        assert model_of(TensorFolder(tmp_path)) is None or text.endswith("-3.5}")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1000000000}')
-    assert model_of(tmp_path) is None
+    assert model_of(TensorFolder(tmp_path)) is None
     assert "b.weight" not in BaseTensors(tmp_path)
+    # A pipe would be read for ever, and each of these numbers is of what is made one by one.
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    assert "b.weight" not in BaseTensors(tmp_path)
+    (tmp_path / "config.json").unlink()
+    for more in (
+        {"num_labels": 10**9},
+        {"num_hidden_layers": 4096},
+        {"num_hidden_layers": 40, "num_local_experts": 4096},
+        {"num_hidden_layers": 2, "num_local_experts": 10**5},
+    ):
+        settings = {"model_type": "mixtral", "hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 2, **more}
+        (tmp_path / "config.json").write_text(json.dumps({**settings, "num_key_value_heads": 2, "vocab_size": 4}))
+        assert "b.weight" not in BaseTensors(tmp_path)
     # Code of the folder is never run, whatever its config says.
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     settings = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
     for kind in ("own", "gpt2"):
         (tmp_path / "config.json").write_text(json.dumps({**settings, "model_type": kind}))
-        model_of(tmp_path)
+        model_of(TensorFolder(tmp_path))
     assert not (tmp_path / "ran").exists()
     assert not any(name.rpartition(".")[2] == "code" and "transformers_modules" in name for name in sys.modules)

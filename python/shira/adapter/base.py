@@ -70,7 +70,7 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         """Where names and positions of the model and of its checkpoints lie in the base; None if nothing tells."""
         if isinstance(self._base, nn.Module):
             return Layout(self._base)
-        if isinstance(self._tensors, TensorFolder) and (model := model_of(self._tensors.path)) is not None:
+        if isinstance(self._tensors, TensorFolder) and (model := model_of(self._tensors)) is not None:
             shapes = {name: self.shape_of(name) for name in self._own}
             return Layout(model, {name: shape for name, shape in shapes.items() if shape is not None})
         return None

@@ -49,7 +49,8 @@ def format_of(path: str | os.PathLike[str]) -> str:
         tensors = TensorFolder(path)
     except ValueError:
         with open(path, "rb") as file:
-            if file.read(2).startswith((b"PK", b"\x80")):
+            head = file.read(9)
+            if head.startswith((b"PK", b"\x80")) and head[8:] != b"{":  # as the header of safetensors begins
                 raise ValueError(
                     f"{path}: this looks like a pickle of torch.save, which is never read: use safetensors"
                 ) from None

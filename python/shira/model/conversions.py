@@ -8,27 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from shira.files.checkpoint import TensorFolder
+from shira.files.reading import read_inside
 from shira.model.boxes import Box
 from shira.model.names import bare_model, canonical, canonical_in, state_buffers
-from shira.model.pretrained import check_model_folder, sealed
+from shira.model.pretrained import bounds_of, check_model_folder, no_larger_than, sealed
 from shira.model.tracing import Sources, traced
 
 CONFIG = "config.json"
-# Of a config that is read to learn names: more layers or experts than any model has would only cost time and memory.
-_MOST_MODULES = 4096
-_COUNTS = re.compile(r"(num|n)_.*(layer|expert|block|head)s?.*|depths?|(en|de)coder_layers")
+_MOST_EXPERTS = 100_000  # of all layers, counted in each of their tensors: each takes a third of a millisecond
 
 
 Shape = tuple[int, ...]
@@ -236,32 +233,32 @@ def _host(model: nn.Module) -> Any:
     return bare if isinstance(bare, loaded.PreTrainedModel) else None
 
 
-def model_of(checkpoint: Path) -> nn.Module | None:
+def model_of(checkpoint: TensorFolder) -> nn.Module | None:
     """The model that the config.json of a checkpoint names, on the meta device: no weights are read or made.
 
-    checkpoint: its folder, or a file in that. The class is one of transformers; no code of the folder is run, and
-    nothing is fetched. None if there is no config, no transformers, or no such class.
+    checkpoint: a folder, or a file with its config.json beside it. The class is one of transformers; no code of the
+    folder is run, and nothing is fetched. None if there is no config, no transformers, no such class, or what
+    `check_model_folder` refuses, and for a model that is far larger than the checkpoint.
     """
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    try:
-        settings = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str) or not _is_sane(settings):
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if not (folder / CONFIG).is_file():
         return None
     try:
         import transformers
     except ImportError:
         return None
     try:
-        config = transformers.CONFIG_MAPPING[settings["model_type"]].from_json_file(folder / CONFIG)
-        if getattr(config, "use_pretrained_backbone", False):
-            config.use_pretrained_backbone = False  # whose weights would be fetched
         check_model_folder(folder)
-        with sealed(), torch.device("meta"):
-            return _class_of(transformers, config, settings.get("architectures"))(config)  # type: ignore[no-any-return]
+        settings = read_inside(folder, CONFIG)
+        with sealed(), no_larger_than(*bounds_of(checkpoint)), torch.device("meta"):
+            config = transformers.CONFIG_MAPPING[settings["model_type"]](**settings)
+            if getattr(config, "use_pretrained_backbone", False):
+                config.use_pretrained_backbone = False  # whose weights would be fetched
+            model: nn.Module = _class_of(transformers, config, settings.get("architectures"))(config)
     except Exception:  # noqa: BLE001 - a config that is damaged makes the library raise errors of any type
         return None
+    experts = sum(len(tensor) for name, tensor in model.named_parameters() if "expert" in name and tensor.dim() > 2)
+    return model if experts <= _MOST_EXPERTS else None
 
 
 def _class_of(transformers: Any, config: Any, architectures: Any) -> Any:
@@ -271,13 +268,3 @@ def _class_of(transformers: Any, config: Any, architectures: Any) -> Any:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     return transformers.AutoModel._model_mapping[type(config)]
-
-
-def _is_sane(settings: Mapping[str, Any]) -> bool:
-    """Whether there are no more layers and experts than models have, so that the model is soon made."""
-    return all(
-        _is_sane(value)
-        if isinstance(value, Mapping)
-        else not (isinstance(value, int) and value > _MOST_MODULES and _COUNTS.fullmatch(name))
-        for name, value in settings.items()
-    )

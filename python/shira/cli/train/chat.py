@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
+# A template may be a stranger's program, which would never end or fill memory: what one chat may take of them.
+_SECONDS, _BYTES, _CHARACTERS = 20, 2**31, 2**26
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 
 Messages = list[dict[str, str]]
@@ -30,11 +38,15 @@ def chat_tokens(messages: Messages, tokenizer: Any, where: str) -> tuple[list[in
     adds to the chat before it, as it is written when an answer is asked for.
 
     Raises:
-        ValueError: the template refuses the chat, or writes a turn in another way once more turns follow.
+        ValueError: the template refuses the chat, writes a turn in another way once more turns follow, or takes too
+            much time or memory.
     """
     try:
         marked = _MARKED.search(tokenizer.get_chat_template())
-        text, spans = _marked_turns(messages, tokenizer) if marked else _turns(messages, tokenizer)
+        with _bounded():
+            text, spans = _marked_turns(messages, tokenizer) if marked else _turns(messages, tokenizer)
+        if len(text) > _CHARACTERS:
+            raise ValueError(f"it writes {len(text)} characters, more than {_CHARACTERS}")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except Exception as error:  # noqa: BLE001 - a template is a program, which may raise errors of any type
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -78,6 +90,30 @@ def _turns(messages: Messages, tokenizer: Any) -> tuple[str, list[tuple[int, int
                 )
             spans.append((len(before), len(after)))
     return text, spans
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Raises TimeoutError in a block that takes more than so many seconds of the processor, and MemoryError in one that
+    takes more memory. Only the main thread gets signals; others are not bounded."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {_SECONDS} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGVTALRM, end)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
+        with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as sizes:  # of Linux; or less is left
+            most = int(sizes.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + _BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (min(one for one in (most, *limits) if one >= 0), limits[1]))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGVTALRM, handler)
 
 
 def _overlap(token: tuple[int, int], span: tuple[int, int]) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shira.files.reading import check_regular
+
 _MOST_BYTES = 2**30  # of a file, whose tokens take some forty times as much
 
 DOCUMENT = frozenset({"document"})  # the form of a file that is one text
@@ -48,10 +50,11 @@ def read_rows(path: Path, task: str) -> list[Row]:
     """The rows of a file for a task: JSON lines (.jsonl, .ndjson, .json) or a JSON list (.json); other text is one row.
 
     Raises:
-        ValueError: the file is not UTF-8 or holds nothing, or a row is not of a form that the task takes; the message
-            names its line.
+        ValueError: the file is not regular, not UTF-8 or holds nothing, or a row is not of a form that the task takes;
+            the message names its line.
         OSError: it cannot be read.
     """
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > _MOST_BYTES or len(data := file.read(_MOST_BYTES + 1)) > _MOST_BYTES:
