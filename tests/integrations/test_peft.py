@@ -6,16 +6,19 @@ import copy
 import pickle
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 peft = pytest.importorskip("peft", reason="needs peft")
 
 import shira.integrations.peft as ours  # noqa: E402
 from shira.integrations.peft import patching  # noqa: E402
+from shira.masks import MASKS  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +41,8 @@ def config_of(kind: str, **options: Any) -> Any:
     targets = ["first", "second"]
     if kind == "shira":
         return peft.ShiraConfig(r=2, target_modules=targets, init_weights=False, **options)
+    if not hasattr(peft, "SupertuningConfig"):
+        pytest.skip(f"peft {peft.__version__} has no Super-Tuning")
     rank = {"r": 2, "lora_alpha": 3} if kind == "supra" else {}
     return peft.SupertuningConfig(sparsity=0.6, target_modules=targets, init_weights=False, **rank, **options)
 
@@ -320,3 +325,82 @@ def test_an_unknown_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(peft, "__version__", "0.99.1")
     with pytest.raises(RuntimeError, match=r"peft 0\.99\.1 is not known"):
         ours.accelerate()
+
+
+def save(folder: Path) -> tuple[Any, Any]:
+    """A saved adapter's model, and the base for it."""
+    torch.manual_seed(5)
+    base = Net()
+    saved = copy.deepcopy(base)
+    model = peft.get_peft_model(saved, config_of("shira", random_seed=3))
+    model.save_pretrained(folder)
+    return model, base
+
+
+def test_loading_draws_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = save(tmp_path)
+    x = torch.randn(5, 12)
+    expected = model(x)
+    drawn = []
+    randperm = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: drawn.append(1) or randperm(*args, **kwargs))
+    with ours.accelerate():
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+        loaded.load_adapter(tmp_path, "again")
+        assert not drawn
+        loaded.add_adapter("new", config_of("shira"))
+        assert drawn
+        assert loaded.peft_config["again"].mask_fn is not None
+        for adapter in ("default", "again"):
+            loaded.set_adapter(adapter)
+            torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-5)
+            layer, other = loaded.base_model.model.first, model.base_model.model.first
+            assert torch.equal(layer.shira_indices[adapter], other.shira_indices["default"])
+            assert torch.equal(layer.shira_weight[adapter], other.shira_weight["default"])
+
+
+@pytest.mark.parametrize("fault", ["absent", "outside", "count"])
+def test_a_file_without_fitting_positions_is_refused(tmp_path: Path, fault: str) -> None:
+    _, base = save(tmp_path)
+    model = peft.get_peft_model(base, config_of("shira"))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (name,) = [name for name in tensors if "first" in name and "indices" in name]
+    positions = tensors.pop(name)
+    if fault == "outside":
+        tensors[name] = positions.index_fill(1, torch.tensor([2]), 12)
+    elif fault == "count":
+        tensors[name] = positions[:, 1:].contiguous()
+    save_file(tensors, path)
+    ours.accelerate()
+    with pytest.raises(ValueError, match=r"model\.first: the file of adapter 'again' has"):
+        model.load_adapter(tmp_path, "again")
+    assert list(model.peft_config) == ["default"]
+    assert "again" not in model.base_model.model.second.shira_weight
+    model(torch.randn(5, 12))
+
+
+@pytest.mark.parametrize("which", ["wm", "grad", "snip", "struct", "rand"])
+def test_masks_of_this_library(which: str) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    if which in ("grad", "snip"):
+        config = config_of("shira")
+        config.mask_fn = ours.mask(which)
+        with pytest.raises(ValueError, match="ranks by gradients, and the weight of Linear"):
+            peft.get_peft_model(copy.deepcopy(net), config)
+        net(torch.randn(5, 12)).square().sum().backward()
+    config = config_of("shira", random_seed=7)
+    config.mask_fn = ours.mask(which)
+    expected = MASKS[which](net.first.weight.detach(), 0.1, k=2 * 32, grad=net.first.weight.grad, seed=7)
+    rows, columns = peft.get_peft_model(net, config).base_model.model.first.shira_indices["default"]
+    assert torch.equal(rows * 12 + columns, expected)
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="`which` must be one of"):
+        ours.mask("none")
+    config = config_of("shira")
+    config.mask_fn = ours.mask("wm", granularity=7)
+    with pytest.raises(ValueError, match=r"gives 63 entries for Linear.* and PEFT needs 64"):
+        peft.get_peft_model(Net(), config)

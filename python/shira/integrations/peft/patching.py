@@ -11,10 +11,13 @@ try:
 except ImportError as error:
     raise ImportError("shira.integrations.peft needs PEFT: pip install 'shira-kernels[peft]'") from error
 
-from shira.integrations.peft import layers
+from peft.tuners.shira.layer import Linear as ShiraLinear
+from peft.tuners.shira.model import ShiraModel
+
+from shira.integrations.peft import layers, loading
 from shira.integrations.peft.entries import Kind, Shira, SuperTuning
 
-KNOWN = ("0.21",)  # the versions whose layers were compared with ours
+KNOWN = ("0.18", "0.19", "0.20", "0.21")  # the versions whose layers were compared with ours
 
 _lock = threading.Lock()
 _originals: dict[tuple[type, str], Any] = {}  # what was replaced, as the class had it
@@ -46,6 +49,8 @@ def accelerate() -> Accelerated:
     - merge keeps the entries that it replaces, in the weight's dtype, and unmerge writes them back bit for bit, also
       where adapters overlap. With `safe_merge` nothing is written to a layer before all its adapters were checked. A
       quantised base, and a Super-Tuning adapter with a LoRA part, are merged by PEFT's own method.
+    - `PeftModel.from_pretrained` and `load_adapter` draw no random mask for a SHiRA adapter, whose positions come from
+      the file; a file without positions for a layer is refused.
 
     Returns:
         A context manager: after `with accelerate():` everything is as it was before.
@@ -81,8 +86,9 @@ def check_version() -> None:
 
 
 def _replacements() -> Iterator[tuple[type, str, Any]]:
-    from peft.tuners.shira.layer import Linear as ShiraLinear
-
+    yield ShiraModel, "_create_and_replace", loading.create_and_replace(ShiraModel._create_and_replace)
+    yield peft.PeftModel, "from_pretrained", loading.from_pretrained(peft.PeftModel.__dict__["from_pretrained"])
+    yield peft.PeftModel, "load_adapter", loading.load_adapter(peft.PeftModel.load_adapter)
     kinds: list[tuple[type, Kind]] = [(ShiraLinear, Shira())]
     try:
         from peft.tuners.supertuning.layer import Linear as SuperTuningLinear
