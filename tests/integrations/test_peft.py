@@ -194,18 +194,18 @@ def test_no_dense_gradient_or_weight_is_made() -> None:
 
 
 def test_leaving_puts_everything_back_and_nests() -> None:
-    layer = patching.__dict__["_replacements"]
-    before = {(owner, name): owner.__dict__[name] for owner, name, _ in layer()}
+    replacements = patching.__dict__["_replacements"]
+    before = {(owner, name): owner.__dict__.get(name) for owner, name, _ in replacements()}
     with ours.accelerate():
         with ours.accelerate():
             pass
-        assert all(owner.__dict__[name] is not method for (owner, name), method in before.items())
-    assert all(owner.__dict__[name] is method for (owner, name), method in before.items())
+        assert all(owner.__dict__.get(name) is not method for (owner, name), method in before.items())
+    assert all(owner.__dict__.get(name) is method for (owner, name), method in before.items())
     ours.accelerate()
     ours.accelerate()
     ours.restore()
     ours.restore()
-    assert all(owner.__dict__[name] is method for (owner, name), method in before.items())
+    assert all(owner.__dict__.get(name) is method for (owner, name), method in before.items())
 
 
 def test_what_was_prepared_stays_and_is_not_pickled() -> None:
@@ -404,3 +404,75 @@ def test_masks_that_do_not_fit_are_refused() -> None:
     config.mask_fn = ours.mask("wm", granularity=7)
     with pytest.raises(ValueError, match=r"gives 63 entries for Linear.* and PEFT needs 64"):
         peft.get_peft_model(Net(), config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_with_adapters_of_their_own(kind: str) -> None:
+    model = model_of(kind, adapters=3).eval()
+    names = ["two", "__base__", "one", "three", "two"]
+    x = torch.randn(5, 4, 12)
+    rows = []
+    for row, name in zip(x, names, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                rows.append(model(row[None]))
+        else:
+            model.base_model.set_adapter([name])
+            rows.append(model(row[None]))
+    with ours.accelerate():
+        torch.testing.assert_close(model(x, adapter_names=names), torch.cat(rows), rtol=1e-5, atol=1e-5)
+        model.base_model.set_adapter(["one"])
+        assert torch.equal(model(x), model(x, adapter_names=["one"] * 5))
+        with model.disable_adapter():
+            assert torch.equal(model(x, adapter_names=names), model(x))
+        with pytest.raises(ValueError, match=r"`adapter_names`: must have a name for each .* 5, got 4"):
+            model(x, adapter_names=names[:4])
+        with pytest.raises(ValueError, match="`adapter_names`: no layer has the adapters 'four'"):
+            model(x, adapter_names=[*names[:4], "four"])
+        with pytest.raises(ValueError, match="`adapter_names`: must be a list"):
+            model(x, adapter_names="one")
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        model.train()
+        with pytest.raises(ValueError, match="`adapter_names`: mixed batches are for evaluation"):
+            model(x, adapter_names=names)
+        model.eval().merge_adapter()
+        with pytest.raises(ValueError, match="`adapter_names`: an adapter is merged"):
+            model(x, adapter_names=names)
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder-decoder"])
+def test_generate_with_beams_gives_the_tokens_of_each_row_alone(architecture: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if architecture == "decoder":
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        net = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **shape))
+        targets, task = ["q_proj", "v_proj", "up_proj"], "CAUSAL_LM"
+    else:
+        shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+        net = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=40, **shape))
+        targets, task = ["q", "v"], "SEQ_2_SEQ_LM"
+    configs = [
+        peft.ShiraConfig(r=3, target_modules=targets, init_weights=False, random_seed=seed, task_type=task)
+        for seed in (1, 2)
+    ]
+    model = peft.get_peft_model(net, configs[0], adapter_name="one")
+    model.add_adapter("two", configs[1])
+    model.eval()
+    tokens = torch.randint(3, 40, (3, 6))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    ours.accelerate()
+
+    def generated(rows: torch.Tensor, **more: Any) -> torch.Tensor:
+        return model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), **options, **more)
+
+    alone = []
+    for row, name in zip(tokens, ["two", "__base__", "one"], strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone.append(generated(row[None]))
+        else:
+            model.set_adapter(name)
+            alone.append(generated(row[None]))
+    assert torch.equal(generated(tokens, adapter_names=["two", "__base__", "one"]), torch.cat(alone))
+    assert not torch.equal(generated(tokens), torch.cat(alone))

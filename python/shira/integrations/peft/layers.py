@@ -6,7 +6,7 @@ a pickle of the layer has them too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from shira.integrations.peft.entries import Kind, entries_of, values_for
+from shira.integrations.peft.mixed import check_rows, rows_by_adapter
 from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 
 _KEPT = "_shira_kept"  # place in merged_adapters -> (adapter, indices, the entries before, the entries written)
@@ -26,6 +27,10 @@ def forward(kind: Kind, original: Method) -> Method:
     """The base layer, called as it is, and the sparse product of each active adapter."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None and not self.disable_adapters:
+            check_rows(self, x, adapter_names)
+            return _mixed(kind, self, adapter_names, x, self.base_layer(x, *args, **kwargs))
         if self.disable_adapters or self.merged or not _is_plain(x):
             return original(self, x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
@@ -38,6 +43,19 @@ def forward(kind: Kind, original: Method) -> Method:
         return result
 
     return forward
+
+
+def _mixed(kind: Kind, layer: Any, names: Sequence[str], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """`result` [rows, ..., out] plus, for each row of x [rows, ..., in], the product of the adapter named for it."""
+    for adapter, rows in rows_by_adapter(names, x.device).items():
+        if adapter not in kind.names(layer):
+            continue
+        part = x.index_select(0, rows)
+        added = add_delta(kind, layer, adapter, part, result.index_select(0, rows))
+        if not kind.is_sparse(layer, adapter):
+            added = added + low_rank(layer, adapter, part).to(added.dtype)
+        result = result.index_copy(0, rows, added)
+    return result
 
 
 def add_delta(kind: Kind, layer: Any, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,13 @@ except ImportError as error:
 from peft.tuners.shira.layer import Linear as ShiraLinear
 from peft.tuners.shira.model import ShiraModel
 
-from shira.integrations.peft import layers, loading
+from shira.integrations.peft import layers, loading, mixed
 from shira.integrations.peft.entries import Kind, Shira, SuperTuning
 
 KNOWN = ("0.18", "0.19", "0.20", "0.21")  # the versions whose layers were compared with ours
 
 _lock = threading.Lock()
+_ABSENT = object()
 _originals: dict[tuple[type, str], Any] = {}  # what was replaced, as the class had it
 
 
@@ -49,6 +50,8 @@ def accelerate() -> Accelerated:
     - merge keeps the entries that it replaces, in the weight's dtype, and unmerge writes them back bit for bit, also
       where adapters overlap. With `safe_merge` nothing is written to a layer before all its adapters were checked. A
       quantised base, and a Super-Tuning adapter with a LoRA part, are merged by PEFT's own method.
+    - `adapter_names`, which PEFT drops for these methods: in evaluation each row of a batch gets the adapter named for
+      it, "__base__" for none, also in `generate` with beams.
     - `PeftModel.from_pretrained` and `load_adapter` draw no random mask for a SHiRA adapter, whose positions come from
       the file; a file without positions for a layer is refused.
 
@@ -63,7 +66,7 @@ def accelerate() -> Accelerated:
             return Accelerated(was_on=True)
         check_version()
         for owner, name, replacement in _replacements():
-            _originals[owner, name] = owner.__dict__[name]
+            _originals[owner, name] = owner.__dict__.get(name, _ABSENT)
             setattr(owner, name, replacement)
         return Accelerated(was_on=False)
 
@@ -72,7 +75,10 @@ def restore() -> None:
     """Puts PEFT's own methods back. What is merged stays merged, and what was prepared for a layer stays with it."""
     with _lock:
         for (owner, name), original in _originals.items():
-            setattr(owner, name, original)
+            if original is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
         _originals.clear()
 
 
@@ -89,13 +95,15 @@ def _replacements() -> Iterator[tuple[type, str, Any]]:
     yield ShiraModel, "_create_and_replace", loading.create_and_replace(ShiraModel._create_and_replace)
     yield peft.PeftModel, "from_pretrained", loading.from_pretrained(peft.PeftModel.__dict__["from_pretrained"])
     yield peft.PeftModel, "load_adapter", loading.load_adapter(peft.PeftModel.load_adapter)
-    kinds: list[tuple[type, Kind]] = [(ShiraLinear, Shira())]
+    kinds: list[tuple[type, type, Kind]] = [(ShiraModel, ShiraLinear, Shira())]
     try:
         from peft.tuners.supertuning.layer import Linear as SuperTuningLinear
+        from peft.tuners.supertuning.model import SupertuningModel
     except ImportError:  # before 0.21
         pass
     else:
-        kinds.append((SuperTuningLinear, SuperTuning()))
-    for owner, kind in kinds:
+        kinds.append((SupertuningModel, SuperTuningLinear, SuperTuning()))
+    for model, owner, kind in kinds:
+        yield model, "_enable_peft_forward_hooks", mixed.enable_hooks(kind, owner)
         for name, make in (("forward", layers.forward), ("merge", layers.merge), ("unmerge", layers.unmerge)):
             yield owner, name, make(kind, owner.__dict__[name])
