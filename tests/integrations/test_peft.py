@@ -448,6 +448,10 @@ def test_generate_with_beams_gives_the_tokens_of_each_row_alone(architecture: st
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         net = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **shape))
         targets, task = ["q_proj", "v_proj", "up_proj"], "CAUSAL_LM"
+    elif peft.__version__ < "0.21" and int(transformers.__version__.split(".")[0]) >= 5:
+        pytest.skip(
+            f"peft {peft.__version__} takes no encoder-decoder model of transformers {transformers.__version__}"
+        )
     else:
         shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
         net = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=40, **shape))
@@ -476,3 +480,44 @@ def test_generate_with_beams_gives_the_tokens_of_each_row_alone(architecture: st
             alone.append(generated(row[None]))
     assert torch.equal(generated(tokens, adapter_names=["two", "__base__", "one"]), torch.cat(alone))
     assert not torch.equal(generated(tokens), torch.cat(alone))
+
+
+def test_hotswap(tmp_path: Path) -> None:
+    saved, base = save(tmp_path)
+    model = peft.get_peft_model(base, config_of("shira", random_seed=9))
+    layer, x = model.base_model.model.first, torch.randn(5, 12)
+    values, before = layer.shira_weight["default"], copy.deepcopy(model.state_dict())
+    addresses = values.data_ptr(), layer.shira_indices["default"].data_ptr()
+    ours.accelerate()
+    assert not torch.allclose(model(x), saved(x))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    faults = {
+        "absent": "second: .* must have values",
+        "outside": "second: .* outside of this layer's weight",
+        "more": "third.* no place",
+        "merged": "first: .* is merged",
+    }
+    for fault, message in faults.items():
+        changed = dict(tensors)
+        if fault == "absent":
+            changed.pop("base_model.model.second.shira_weight")
+        elif fault == "outside":
+            changed["base_model.model.second.shira_indices"] = tensors["base_model.model.second.shira_indices"] + 8
+        elif fault == "more":
+            changed["base_model.model.third.shira_weight"] = torch.zeros(3)
+        else:
+            layer.merge()
+        save_file(changed, path)
+        with pytest.raises(ValueError, match=rf"model\.{message}"):
+            ours.hotswap(model, tmp_path)
+        if fault == "merged":
+            layer.unmerge()
+        assert same_bits(model.state_dict(), before)
+    save_file(tensors, path)
+    ours.hotswap(model, tmp_path)
+    assert layer.shira_weight["default"] is values
+    assert (values.data_ptr(), layer.shira_indices["default"].data_ptr()) == addresses
+    assert torch.equal(model(x), saved(x))
+    with pytest.raises(ValueError, match="`adapter_name` must be that of a SHiRA adapter"):
+        ours.hotswap(model, tmp_path, "none")

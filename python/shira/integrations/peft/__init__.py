@@ -7,7 +7,8 @@
 `restore` puts PEFT's own methods back; `with accelerate():` does at the end.
 """
 
+from shira.integrations.peft.hotswap import hotswap
 from shira.integrations.peft.masks import mask
 from shira.integrations.peft.patching import accelerate, restore
 
-__all__ = ["accelerate", "mask", "restore"]
+__all__ = ["accelerate", "hotswap", "mask", "restore"]

@@ -70,24 +70,29 @@ def _check(model: Any, adapter: str) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, ShiraLayer) or adapter not in layer.shira_weight:
             continue
-        source, count = layer.shira_indices.get(adapter), layer.shira_weight[adapter].numel()
-        if source is None:
-            raise ArgumentError(
-                f"{name}: the file of adapter {adapter!r} has no positions (shira_indices) for this layer: was it made "
-                "for other target_modules?"
-            )
-        if source.shape != (2, count):
-            raise ArgumentError(
-                f"{name}: the file of adapter {adapter!r} has positions {list(source.shape)} for this layer, which "
-                f"needs [2, {count}]"
-            )
-        low, high = torch.aminmax(source, dim=1)
-        limits = torch.tensor([layer.out_features, layer.in_features], device=source.device)
-        if bool((low < 0).any()) or bool((high >= limits).any()):
-            raise ArgumentError(
-                f"{name}: the file of adapter {adapter!r} has positions outside of this layer's weight "
-                f"{limits.tolist()}: was it made for another model?"
-            )
+        check_positions(name, layer, adapter, layer.shira_indices.get(adapter))
+
+
+def check_positions(name: str, layer: Any, adapter: str, source: torch.Tensor | None) -> None:
+    """Raises ArgumentError, with the layer's name, if a file's positions for a layer are absent or do not fit."""
+    count = layer.shira_weight[adapter].numel()
+    if source is None:
+        raise ArgumentError(
+            f"{name}: the file of adapter {adapter!r} has no positions (shira_indices) for this layer: was it made "
+            "for other target_modules?"
+        )
+    if source.shape != (2, count):
+        raise ArgumentError(
+            f"{name}: the file of adapter {adapter!r} has positions {list(source.shape)} for this layer, which "
+            f"needs [2, {count}]"
+        )
+    low, high = torch.aminmax(source, dim=1)
+    limits = torch.tensor([layer.out_features, layer.in_features], device=source.device)
+    if bool((low < 0).any()) or bool((high >= limits).any()):
+        raise ArgumentError(
+            f"{name}: the file of adapter {adapter!r} has positions outside of this layer's weight "
+            f"{limits.tolist()}: was it made for another model?"
+        )
 
 
 def _is_shira(model: Any, adapter: str) -> bool:
