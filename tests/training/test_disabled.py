@@ -201,6 +201,18 @@ def test_values_and_a_dtype_that_changed_inside_are_written_behind_it() -> None:
     assert torch.equal(copy.deepcopy(model)(IDS), expected)
 
 
+def test_the_base_is_the_one_under_an_adapter_that_training_started_from() -> None:
+    model, handle, _ = trained()
+    adapter = handle.adapter()
+    model = Network()
+    handle = shira.attach(model, adapter)
+    assert not torch.equal(model.up.weight, Network().up.weight)
+    with handle.disabled():
+        assert torch.equal(model.up.weight, Network().up.weight)
+        assert torch.equal(model.norm.running_mean, Network().norm.running_mean)
+    assert torch.equal(model.up.weight.detach().view(-1)[model.up.shira_indices], adapter["up.weight"].values)
+
+
 def test_values_that_were_changed_unseen_count() -> None:
     model, handle, _ = trained()
     values = next(handle.parameters())
