@@ -1,5 +1,5 @@
 # Each target makes what it needs: the virtual environment in .venv, all packages, the C++ extension.
-#   make demo | test | test-versions | sanitize | bench | lint | docs | build | wheel | gpu-compile | gpu-check | clean
+#   make demo | test | test-integrations | test-versions | sanitize | bench | lint | docs | build | wheel | gpu-compile | gpu-check | clean
 # TORCH=2.13.0        the torch to install
 # NUMPY='<2.4'        bounds of the numpy to install; none are set
 # PYTHON=python3      the interpreter that makes .venv; gpu-check uses it as it is
@@ -18,6 +18,8 @@ export SHIRA_BUILD ?= auto
 BUILT := $(VENV)/.built-torch-$(TORCH)-$(SHIRA_BUILD)
 # So that the ninja of the environment is found, which compiles only what changed.
 BUILD_ENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_STAMP := $(INTEGRATIONS)/.installed-torch-$(TORCH)
 DOCS_STAMP := $(VENV)/.installed-docs-torch-$(TORCH)
 SOURCES := setup.py $(shell find csrc -type f)
 RESULTS ?= bench-results
@@ -29,7 +31,7 @@ FUZZ_SEED ?= 1
 OLDEST_TRITON := 3.6.0
 TRITON_STAMP := $(VENV)/.triton-$(OLDEST_TRITON)
 
-.PHONY: demo test test-versions sanitize bench lint docs build wheel gpu-compile gpu-check clean
+.PHONY: demo test test-integrations test-versions sanitize bench lint docs build wheel gpu-compile gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -38,6 +40,17 @@ demo: $(BUILT)
 # A process for each of two cores, with one thread where a test does not ask for more. The wheel is for tests/test_wheel.py.
 test: wheel
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# Trainers and other hosts, in an environment of their own; `make test` skips what it lacks.
+test-integrations: $(BUILT) $(INTEGRATIONS_STAMP)
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations $(PYTEST_ARGS)
+
+$(INTEGRATIONS_STAMP): $(STAMP)
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) "setuptools>=77" ninja
+	SHIRA_BUILD=0 $(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--constraint $(VENV)/constraints.txt --editable ".[dev,integrations]"
+	touch $@
 
 # The oldest versions that are supported, 5 GB each. With nvcc of CUDA 13 nothing builds for torch 2.10, whose CUDA is 12.8.
 test-versions:
@@ -124,4 +137,4 @@ gpu-check:
 	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean:
-	rm -rf build dist $(RESULTS) shira_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .venv .venv-torch-*
+	rm -rf build dist $(RESULTS) shira_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .venv .venv-integrations .venv-torch-*

@@ -191,7 +191,7 @@ def _bars(drawing: Drawing, left: float, width: float) -> None:
 
 _FLOORS = (  # from the top; each imports from those below it only
     (("cli", "the only place that prints"),),
-    (("integrations", "one file for each host (to come)"),),
+    (("integrations", "one file for each host"),),
     (("convert", "other tools' formats"), ("sync", "weight patches to engines (to come)")),
     (("training", "entries as parameters"), ("serving", "adapters beside a live model")),
     (("adapter", "data, file, base, arithmetic"),),

@@ -7,6 +7,7 @@ of the entries alone where the layer allows that (see `shira.training.layers`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from shira.model.claims import check_claim
 from shira.model.modules import Users, sharded, users_of
 from shira.model.names import canonical_in, first_names
 from shira.training.buffers import TrainedBuffer, moved_by, trained_buffers, warn_of_scripted
+from shira.training.disabled import at_base
 from shira.training.distributed import check_bare, ignore_in_ddp, reduce_again_in_ddp
 from shira.training.layers import Attached, check_forwards, make_attached, mixin_of, restore_classes
 from shira.training.matching import is_saved, matched_weights, modules_to_save, weights_of
@@ -60,6 +62,7 @@ class Handle:
         self._required_grad = required_grad
         self._saved = saved
         self._config = config
+        self._is_disabled = False
         self._watch = Watch(model, weights)
         self._not_reduced = ignore_in_ddp(model, weights, buffers)
 
@@ -83,7 +86,7 @@ class Handle:
         them, in compiled models and, after `mask_gradients`, for modules that read a layer's weight instead of calling
         it.
         """
-        self._check_attached()
+        self._check_enabled()
         for trained in self._weights:
             trained.write_back(always_compare=True)
 
@@ -100,7 +103,7 @@ class Handle:
             ShiraWarning: training moved a single integer other than num_batches_tracked, gave a buffer another shape or
                 dtype, or moved one whose name no file can hold: the adapter leaves that buffer out.
         """
-        self._check_attached()
+        self._check_enabled()
         self._watch.check()
         self.write_back()
         tensors = {}
@@ -123,6 +126,7 @@ class Handle:
         of modules_to_save stay as trained in both cases. Raises RuntimeError, and changes nothing, if a trained weight
         or the forward of its layer was replaced since `attach`.
         """
+        self._check_enabled()
         model = self._attached_model
         check_forwards(model)
         for trained in self._weights:
@@ -144,9 +148,37 @@ class Handle:
         reduce_again_in_ddp(model, self._not_reduced)
         self._model = None
 
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Gives the model its base's entries and buffers, bit for bit, inside `with handle.disabled():`.
+
+        It is for the reference of preference losses, and to compare. No model is copied, and a loss that was computed
+        before the block can be backpropagated after it. Inside there are no gradients, as in torch.no_grad(), and what
+        forwards move of the buffers is dropped. Modules of modules_to_save stay as trained. Other threads see the base,
+        too. Blocks may be nested.
+
+        Raises RuntimeError, inside, for forwards with gradients, optimizers' steps, `adapter()`, `write_back()`,
+        `detach()`, `state_dict()`, `load_state_dict()` and copies of the model.
+        """
+        self._check_attached()
+        if self._is_disabled:
+            yield
+            return
+        self._is_disabled = True
+        try:
+            with at_base(self._weights, self._buffers):
+                yield
+        finally:
+            self._is_disabled = False
+
     def _check_attached(self) -> None:
         if self._model is None:
             raise RuntimeError("the handle is detached")
+
+    def _check_enabled(self) -> None:
+        self._check_attached()
+        if self._is_disabled:
+            raise RuntimeError("inside handle.disabled() the model has its base's entries: leave the block first")
 
     @property
     def _attached_model(self) -> nn.Module:

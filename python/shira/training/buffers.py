@@ -6,7 +6,8 @@ state dict has it, and it moves with the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,23 @@ class TrainedBuffer:
             now.copy_(base)
         else:
             self.owner._buffers[self.role] = base.clone()
+
+    @contextlib.contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Gives the buffer its old bits until the block is left, and then those that it had, whatever the block did."""
+        now, place = self.now, (self.base.dtype, self.base.device)
+        kept, version = (None, 0) if now is None else (now.detach().clone(), now._version)
+        try:
+            self.write_base()
+            yield
+        finally:
+            if kept is not None and place != (self.base.dtype, self.base.device):  # the block moved the model
+                now = kept = kept.to(self.base.device, self.base.dtype)
+            self.owner._buffers[self.role] = now
+            if now is not None and kept is not None:
+                with torch.no_grad():
+                    now.copy_(kept)
+                torch._C._autograd._unsafe_set_version_counter((now,), (version,))
 
     @torch.no_grad()
     def write(self, tensor: AdapterTensor) -> None:

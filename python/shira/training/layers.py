@@ -50,7 +50,8 @@ class Attached(nn.Module):
                 trained.refuse_another_weight()
             if not trained.is_met:
                 trained.check_shape()
-            trained.write_back()
+            if not trained.is_disabled or torch.is_grad_enabled():
+                trained.write_back()
 
     def shira_check_transforms(self) -> None:
         """Raises RuntimeError if a transform of torch.func has taken a trained weight or its values."""
@@ -96,6 +97,8 @@ class Attached(nn.Module):
             trained.rebind_copy()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        for trained in self.shira_targets.values():
+            trained.check_enabled()
         reduced: Any = super().__reduce_ex__(2)
         return _new, (self.shira_mixin, self.shira_original), *reduced[2:]
 

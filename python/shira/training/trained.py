@@ -6,9 +6,10 @@ are written into the weight after each step of an optimizer, and before a forwar
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -42,6 +43,7 @@ class TrainedWeight:
         dense: whether the weight itself gets a gradient, from which that of the values is gathered.
         csr: (row_ptr, col) of the entries for `masked_grad`, if a module needs them.
         foreign: whether the values lie in memory that was given to them through `.data`, which others may write unseen.
+        is_disabled: whether the weight has its base's entries for now (`shira.training.disabled`).
     """
 
     def __init__(self, name: str, owner: nn.Module, role: str, slices: tuple[Slice, Slice, Slice], dense: bool) -> None:
@@ -64,6 +66,7 @@ class TrainedWeight:
         self._steps_are_seen = False  # an optimizer that calls step hooks has them
         self._gather: RemovableHandle | None = None
         self.is_met = False
+        self.is_disabled = False
         self._reduced_by: weakref.ref[nn.Module] | None = None  # the DistributedDataParallel that ran it last
         self.check_model: Callable[[], None] | None = None  # called before the first use, if there is a handle
 
@@ -116,6 +119,28 @@ class TrainedWeight:
         """Where the indices lie beside those of other weights."""
         return self._slices[1].arena.data
 
+    def check_enabled(self) -> None:
+        """Raises RuntimeError if the weight has its base's entries for now."""
+        if self.is_disabled:
+            raise RuntimeError(
+                f"{self.name}: inside handle.disabled() only forwards without gradients work: leave the block first"
+            )
+
+    @contextlib.contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Gives the weight its base's entries until the block is left."""
+        self.write_back(always_compare=True)
+        weight, version, self.is_disabled = self.weight, self.weight._version, True
+        try:
+            self.write_base()
+            yield
+        finally:
+            changed, used, self.is_disabled, self._marker = self._changed(), self._used, False, None
+            self.write()
+            self._used = used
+            if not changed:  # a graph from before the block finds the bits that it saved
+                torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
+
     def wrote(self, values: torch.Tensor) -> None:
         """Notes that the weight holds these values already."""
         self._note()
@@ -127,6 +152,7 @@ class TrainedWeight:
 
     def write_back(self, always_compare: bool = False) -> None:
         """Writes the values into the weight if they changed since the last time."""
+        self.check_enabled()
         # Some loops write through raw pointers and leave the version as it is, and have no optimizer whose steps are
         # seen. They cannot have stepped without a gradient, so values are compared after their use.
         compare = always_compare or self.foreign or (self._used and not self._steps_are_seen)
@@ -243,6 +269,8 @@ class TrainedWeight:
 
     def refusal(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> str | None:
         """Why a state dict cannot be loaded into the owner, if that is so."""
+        if self.is_disabled:
+            return f"{self.name}: inside handle.disabled() nothing can be loaded: leave the block first"
         weight, values = prefix + self.role, prefix + self.values_name
         indices, base = prefix + self.indices_name, prefix + self.base_name
         if indices in state_dict and not torch.equal(state_dict[indices].to(self.indices), self.indices):
