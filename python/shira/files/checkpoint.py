@@ -131,7 +131,8 @@ class TensorFolder(Mapping[str, torch.Tensor]):
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
             if not shape or 0 in shape or dtype in _SUBBYTE:
                 return None
-            begin = part[(slice(1),) * (len(shape) - 1) + (slice(_START),)].contiguous()
+            with torch.device("cpu"):  # safetensors makes a slice on the default device
+                begin = part[(slice(1),) * (len(shape) - 1) + (slice(_START),)].contiguous()
             return shape, dtype, begin.view(-1).view(torch.uint8).numpy().tobytes()
 
     def _names(self, path: Path) -> list[str]:
