@@ -173,6 +173,19 @@ def test_hooks_of_the_base_layer_run() -> None:
         torch.testing.assert_close(layer(x), expected + 1, rtol=1e-5, atol=1e-5)
 
 
+def test_what_an_evaluation_in_inference_mode_prepared_serves_training() -> None:
+    model = model_of("shira")
+    layer, x = model.base_model.model.first, torch.randn(5, 12)
+    layer(x).sum().backward()
+    (values,) = layer.shira_weight.values()
+    expected, values.grad = values.grad, None
+    with ours.accelerate():
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+    torch.testing.assert_close(values.grad, expected)
+
+
 def test_no_dense_gradient_or_weight_is_made() -> None:
     model = peft.get_peft_model(nn.Sequential(nn.Linear(300, 400)), peft.ShiraConfig(r=1, target_modules=["0"]))
 

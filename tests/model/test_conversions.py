@@ -262,6 +262,9 @@ def test_a_tied_tensor_that_a_folder_has_twice_gets_both_patched_or_is_refused(
     merged = load_file("merged/model.safetensors")
     for name in ("wte.weight", "lm_head.weight"):
         assert merged[name].view(-1)[indices].tolist() == [1, 1]
+    (fused,) = shira.fuse([(adapter, 1.0)], base="base").values()
+    assert fused.indices.tolist() == [4, 9]
+    assert fused.values.tolist() == (1 - old).tolist()
     inner["lm_head.weight"].view(-1)[9] += 1
     save_file(inner, "base/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(

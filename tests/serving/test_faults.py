@@ -283,6 +283,31 @@ def test_handlers_of_all_signals_wait_for_a_switch(number: int, monkeypatch: pyt
     assert same(model, weights_with(OLD, None))
 
 
+def test_a_handler_may_switch_to_another_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small()
+    bank = shira.ResidentAdapters(model)
+    bank.add("x", OLD)
+    bank.add("kept", KEPT)
+    bank.switch("x")
+    real = arena.scatter_switch_batched
+
+    def interrupted(*arguments: Any) -> None:
+        real(*arguments)
+        monkeypatch.setattr(arena, "scatter_switch_batched", real)
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(arena, "scatter_switch_batched", interrupted)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: bank.switch("x"))
+    try:
+        bank.switch("kept")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert bank.active == "x"
+    assert same(model, weights_with(OLD, "x"))
+    bank.switch(None)
+    assert same(model, weights_with(OLD, None))
+
+
 def test_every_handler_is_called_though_each_raises() -> None:
     """And each is back in its place."""
     with handled(*SIGNALS) as came:

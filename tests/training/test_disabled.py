@@ -222,6 +222,29 @@ def test_values_that_were_changed_unseen_count() -> None:
     assert torch.equal(model.embed.weight.detach().view(-1)[model.embed.shira_indices], values.detach())
 
 
+@ATTACH
+def test_autocast_keeps_no_rounded_weights_over_the_edges_of_the_block(attach: Callable) -> None:
+    model, handle, _ = trained(attach)
+    model.eval()
+
+    def output() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(IDS).detach()
+
+    with handle.disabled():
+        base = output()
+    tuned = output()
+    assert not torch.equal(base, tuned)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(IDS)
+        with handle.disabled():
+            inside = model(IDS)
+        behind = model(IDS)
+    assert torch.equal(before, tuned)
+    assert torch.equal(inside, base)
+    assert torch.equal(behind, tuned)
+
+
 def test_a_detached_handle_is_refused() -> None:
     _, handle, _ = trained()
     handle.detach()

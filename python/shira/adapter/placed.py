@@ -47,8 +47,8 @@ def placed(
         argument: how messages begin.
 
     Returns:
-        An adapter on the CPU. Checksums are those of the base's entries where tensors were split or joined, which were
-        compared with the adapter's before; None where the adapter has none.
+        An adapter. Tensors that were split or joined are on the CPU, and have the checksums of the base's entries,
+        which were compared with the adapter's before; None where the adapter has none.
 
     Raises:
         ValueError: naming the tensor: an entry lies nowhere in the base, or two names mean one entry and differ; the
@@ -132,7 +132,7 @@ def _moved(
         for name, kept, indices in _places(label, tensor, base):
             place = arrived.setdefault(name, _Arrived())
             place.indices.append(indices)
-            place.values.append(as_bits(tensor.values)[kept])
+            place.values.append(as_bits(tensor.values.cpu())[kept])
             place.origins.append((label, kept))
             reached[kept] = True
         if not bool(reached.all()):
@@ -149,6 +149,8 @@ def _moved(
         for label, kept in place.origins:
             old[label].put(argument, label, kept, here[begin : begin + kept.numel()])
             begin += kept.numel()
+        if base.find(name) != canonical(name):  # a copy of a tied tensor, which gets what the first one gets
+            continue
         known = all(moving[label].checksum is not None for label, _ in place.origins)
         found[name] = place.origins[0][0], _joined(name, place, moving, weight, here if known else None, argument)
     for label, tensor in moving.items():

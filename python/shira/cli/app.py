@@ -251,12 +251,12 @@ def main() -> None:
         _drop_unwritable_output()
         what, path = error.strerror or str(error), error.filename2 or error.filename  # of two the one that is written
         _fail(what if path is None else f"{os.fsdecode(path)}: {what}")
+    except (KeyboardInterrupt, typer.Abort):  # Abort is a RuntimeError
+        sys.exit(130)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         _fail("there is not enough memory for this")
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
     except BaseException as error:
         if (
             type(error).__name__ != "PanicException"

@@ -126,14 +126,14 @@ def _checked_task(folder: Path, kind: str) -> str | None:
 def _put_back(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """Gives what these weights hold, which they hold again at the end; and what required grad then does so again."""
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield before
     finally:
         for name, weight in weights.items():
             weight.data.copy_(before[name])
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for parameter, required_grad in flags:
+            parameter.requires_grad_(required_grad)
 
 
 def _with_adapter(model: nn.Module, folder: Path) -> tuple[Any, dict[nn.Module, str]]:

@@ -102,7 +102,7 @@ class Loading:
 
     def uses(self, name: str) -> list[str]:
         """The model's names of a tensor, of which a tied one has several, given by one of them or by a name that it may
-        have in a checkpoint; the given one comes first. None if no tensor of the model is the whole of it."""
+        have in a checkpoint; the given one comes first. Empty if no tensor of the model is the whole of it."""
         for spelling in (*self._spellings(name), *self._spellings(self._renamed(name))):
             if spelling in self._first:
                 return [spelling, *(use for use in self._uses[self._first[spelling]] if use != spelling)]

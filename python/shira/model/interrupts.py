@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-_NUMBERS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})  # those that may have a handler
+# Those that may have a handler; Windows has neither of the two that may not.
+_NUMBERS = sorted(signal.valid_signals() - {getattr(signal, name, None) for name in ("SIGKILL", "SIGSTOP")})
 
 
 class _Waiting:

@@ -62,7 +62,7 @@ class Layout:
         return self._loading.find(name, shape)
 
     def uses(self, name: str) -> list[str]:
-        """The model's names of a tensor, of which a tied one has several; the given one comes first. None if the model
+        """The model's names of a tensor, of which a tied one has several; the given one comes first. Empty if the model
         has no such tensor."""
         return self._loading.uses(canonical(name))
 

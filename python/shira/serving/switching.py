@@ -99,8 +99,8 @@ class Switching:
         with interrupts_held() as let_through:
             try:
                 self._write(writes)
+                self.active, self.plan = mix, plan  # before handlers run, which may switch to another target
                 let_through()
-                self.active, self.plan = mix, plan
             except BaseException:
                 self._put_back(*before)
                 raise

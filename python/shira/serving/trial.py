@@ -29,6 +29,7 @@ _GIVE = torch.ops.shira.sparse_delta_mm_batched.default
 # How far a token may be from its like in the exchanged forward, as a share of its length. Most often both have the same
 # bits, for a product gives a row the same wherever it stands; another row is as far away as rows are.
 _NEAR = 0.05
+_ITSELF = object()
 _FEW = 100  # one token of as many may be further away: a router's choice can hang on the last bit
 
 Tried = Callable[[Collection[nn.Module]], None]
@@ -166,7 +167,8 @@ class _Exchanged(TorchDispatchMode):
             self._check(**given)
         try:
             twin = self._twin_of(func, given, args, kwargs)  # first, for `func` may write its arguments
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        # Whatever an op of the user's raises for a twin that it does not take.
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError):
             self._give_up()
         out = func(*args, **kwargs)
         if not self._given_up:
@@ -234,7 +236,8 @@ class _Exchanged(TorchDispatchMode):
         twins = outs if callable(twin) else tree_leaves(twin)
         for each, its_twin in zip(outs, twins, strict=False):
             if isinstance(each, torch.Tensor):
-                self._twins[each] = twin(each) if callable(twin) else its_twin
+                own = twin(each) if callable(twin) else its_twin
+                self._twins[each] = _ITSELF if own is each else own  # the tensor itself would keep it alive
 
     def _twin(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -242,7 +245,7 @@ class _Exchanged(TorchDispatchMode):
         twin = self._twins.get(leaf)
         if twin is None:
             twin = self._twins[leaf] = leaf if isinstance(leaf, nn.Parameter) else self._next_rows(leaf)
-        return twin
+        return leaf if twin is _ITSELF else twin
 
     def _separate(self, written: torch.Tensor) -> None:
         """Gives a tensor that is about to be written a twin with memory of its own."""

@@ -30,7 +30,9 @@ def at_base(weights: Sequence[TrainedWeight], buffers: Sequence[TrainedBuffer]) 
                 stack.enter_context(buffer.at_base())
             for trained in weights:
                 stack.enter_context(trained.at_base())
+            torch.clear_autocast_cache()  # of weights that require grad it keeps what they were rounded to
             yield
         finally:
             with interrupts_held():
                 stack.close()
+                torch.clear_autocast_cache()

@@ -74,6 +74,7 @@ def _warn_of_rest(model: nn.Module, config: ShiraConfig, weights: Sequence[nn.Pa
         bare(name): each.numel()
         for name, each in known.items()
         if each not in passed and each.dim() > 1 and each.shape[0] > 1 and each.is_floating_point()
+        if not is_saved(bare(name), config.modules_to_save)
     }
     count, total = sum(rest.values()), sum(each.numel() for each in known.values())
     if count > _MUCH * total:

@@ -110,14 +110,15 @@ class TrainedWeight:
         return marker[1] if marker is not None and marker[0] is values else self.values.detach()
 
     @property
-    def values_arena(self) -> torch.Tensor:
-        """Where the values lie beside those of other weights."""
-        return self._slices[0].arena.data
+    def values_arena(self) -> torch.Tensor | None:
+        """Where the values lie beside those of other weights; None where each has memory of its own, as in a process
+        that shares them with another one."""
+        return self._slices[0].arena.memory
 
     @property
-    def indices_arena(self) -> torch.Tensor:
-        """Where the indices lie beside those of other weights."""
-        return self._slices[1].arena.data
+    def indices_arena(self) -> torch.Tensor | None:
+        """Where the indices lie beside those of other weights, or None."""
+        return self._slices[1].arena.memory
 
     def check_enabled(self) -> None:
         """Raises RuntimeError if the weight has its base's entries for now."""

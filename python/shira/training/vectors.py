@@ -39,9 +39,11 @@ class Values(nn.Parameter):
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
 
-# By this list torch's optimizers know whose steps they may take in a few kernels; torch adds its DTensor, too.
-if Values not in optimizer._foreach_supported_types:
-    optimizer._foreach_supported_types.append(Values)
+# By this list torch's optimizers know whose steps they may take in a few kernels; torch adds its DTensor, too. A torch
+# without it steps more slowly.
+_few_kernels = getattr(optimizer, "_foreach_supported_types", [])
+if Values not in _few_kernels:
+    _few_kernels.append(Values)
 
 
 def place(parameter: nn.Parameter, memory: torch.Tensor) -> None:
@@ -59,8 +61,8 @@ class VectorArena:
     def __init__(self, vectors: list[torch.Tensor]) -> None:
         empty = sum(not vector.numel() for vector in vectors)
         # An element for each empty vector: at one address they would look shared.
-        self._data: torch.Tensor | None = torch.cat([*vectors, vectors[0].new_zeros(empty)])
-        self._size = self._data.numel()
+        self.memory: torch.Tensor | None = torch.cat([*vectors, vectors[0].new_zeros(empty)])
+        self._size = self.memory.numel()
         self._moved_by: Any = None
         self._moved_from: int | None = None
 
@@ -74,25 +76,26 @@ class VectorArena:
     @property
     def data(self) -> torch.Tensor:
         """[size]."""
-        assert self._data is not None
-        return self._data
+        assert self.memory is not None
+        return self.memory
 
     @data.setter
     def data(self, moved: torch.Tensor) -> None:
-        self._data = moved
+        self.memory = moved
 
     def holds_like(self, vector: torch.Tensor) -> bool:
         """Whether a vector of this dtype and device can lie here; the first one gives an arena without memory its."""
-        if self._data is None:
-            self._data = vector.new_zeros(self._size)
-        return (self._data.dtype, self._data.device) == (vector.dtype, vector.device)
+        if self.memory is None:
+            self.memory = vector.new_zeros(self._size)
+        return (self.memory.dtype, self.memory.device) == (vector.dtype, vector.device)
 
     def begins(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> set[int | None]:
         """The addresses at which vectors begin that `fn` has still to move, or has moved."""
-        return {self.data.data_ptr(), self._moved_from if fn is self._moved_by else None}
+        now = None if self.memory is None else self.memory.data_ptr()
+        return {now, self._moved_from if fn is self._moved_by else None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_data": None, "_size": self._size, "_moved_by": None, "_moved_from": None}
+        return {"memory": None, "_size": self._size, "_moved_by": None, "_moved_from": None}
 
 
 def precise(moved: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -125,12 +125,15 @@ def entries_of(kind: Kind, layer: Any, adapter: str) -> Entries:
     prepared = layer.__dict__.get(_PREPARED)
     if not isinstance(prepared, _Prepared):
         prepared = layer.__dict__[_PREPARED] = _Prepared()
+    for gone in prepared.keys() - kind.names(layer).keys():
+        del prepared[gone]
     found = prepared.get(adapter)
     device = kind.names(layer)[adapter].device
     if (
         found is None
         or found.source is not source
-        or found.version != _version(source)
+        or source.is_inference()  # nothing counts its changes
+        or found.version != source._version
         or found.row_ptr.device != device
     ):
         found = prepared[adapter] = _prepare(kind, layer, adapter, source)
@@ -152,6 +155,7 @@ def check_positions(kind: Kind, layer: Any, adapter: str, source: torch.Tensor) 
 
 
 @torch.compiler.disable
+@torch.inference_mode(False)  # so that training can save what an evaluation made
 @torch.no_grad()
 def _prepare(kind: Kind, layer: Any, adapter: str, source: torch.Tensor) -> Entries:
     flat = check_positions(kind, layer, adapter, source).to(kind.names(layer)[adapter].device)
@@ -162,11 +166,8 @@ def _prepare(kind: Kind, layer: Any, adapter: str, source: torch.Tensor) -> Entr
         flat = unique
     shape = torch.Size((layer.out_features, layer.in_features))
     indices = flat.to(index_dtype(shape.numel()))
-    return Entries(source, _version(source), *csr_of(flat, shape), indices, order)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    version = 0 if source.is_inference() else source._version
+    return Entries(source, version, *csr_of(flat, shape), indices, order)
 
 
 def values_for(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

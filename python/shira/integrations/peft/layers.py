@@ -15,10 +15,10 @@ from torch import nn
 
 from shira.integrations.peft.entries import Kind, entries_of, values_for
 from shira.integrations.peft.mixed import check_rows, rows_by_adapter
+from shira_kernels.bits import as_bits
 from shira_kernels.dtypes import ARITHMETIC, compute_dtype
 
 _KEPT = "_shira_kept"  # place in merged_adapters -> (adapter, indices, the entries before, the entries written)
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Method = Callable[..., Any]
 
@@ -116,7 +116,11 @@ def unmerge(kind: Kind, original: Method) -> Method:
                 _put_back(weight, *record[1:])
             else:
                 self.merged_adapters = [name]
-                original(self)
+                try:
+                    original(self)
+                except BaseException:
+                    self.merged_adapters = [*others, name]
+                    raise
             self.merged_adapters = others
         return None
 
@@ -159,8 +163,7 @@ def _check_finite(kind: Kind, layer: Any, weight: torch.Tensor, names: list[str]
 def _put_back(weight: torch.Tensor, indices: torch.Tensor, old: torch.Tensor, written: torch.Tensor) -> None:
     indices, old, written = indices.to(weight.device), old.to(weight), written.to(weight)  # where it was moved or cast
     current = weight.detach().view(-1).index_select(0, indices)
-    bits = _BITS[weight.element_size()]
-    same = current.view(bits) == written.view(bits)
+    same = as_bits(current) == as_bits(written)
     if not bool(same.all()):
         wide = compute_dtype(weight.dtype)
         old = torch.where(same, old, (current.to(wide) - (written.to(wide) - old.to(wide))).to(weight.dtype))

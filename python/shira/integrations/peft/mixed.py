@@ -93,7 +93,8 @@ def _option(kwargs: dict[str, Any], name: str) -> int:
 
 
 def _encoder_of(model: Any) -> nn.Module | None:
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # BERT as a decoder has one, too
+    encoder = model.get_encoder() if is_pair and hasattr(model, "get_encoder") else None
     return None if encoder is model else encoder
 
 

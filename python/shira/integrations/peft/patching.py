@@ -65,7 +65,7 @@ def accelerate() -> Accelerated:
         if _originals:
             return Accelerated(was_on=True)
         check_version()
-        for owner, name, replacement in _replacements():
+        for owner, name, replacement in list(_replacements()):  # all are made before the first is put in place
             _originals[owner, name] = owner.__dict__.get(name, _ABSENT)
             setattr(owner, name, replacement)
         return Accelerated(was_on=False)
