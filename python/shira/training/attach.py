@@ -154,8 +154,8 @@ class Handle:
 
         It is for the reference of preference losses, and to compare. No model is copied, and a loss that was computed
         before the block can be backpropagated after it. Inside there are no gradients, as in torch.no_grad(), and what
-        forwards move of the buffers is dropped. Modules of modules_to_save stay as trained. Other threads see the base,
-        too. Blocks may be nested.
+        forwards move of the buffers is dropped. Modules of modules_to_save stay as trained, and keep what forwards in
+        training mode move of their buffers. Other threads see the base, too. Blocks may be nested.
 
         Raises RuntimeError, inside, for forwards with gradients, optimizers' steps, `adapter()`, `write_back()`,
         `detach()`, `state_dict()`, `load_state_dict()` and copies of the model.
