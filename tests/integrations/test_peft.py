@@ -534,3 +534,9 @@ def test_hotswap(tmp_path: Path) -> None:
     assert torch.equal(model(x), saved(x))
     with pytest.raises(ValueError, match="`adapter_name` must be that of a SHiRA adapter"):
         ours.hotswap(model, tmp_path, "none")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/adapter_config.json").write_text((tmp_path / "adapter_config.json").read_text())
+    torch.save({}, tmp_path / "pickled/adapter_model.bin")
+    for elsewhere in ("somebody/on-a-hub", tmp_path / "pickled"):
+        with pytest.raises(FileNotFoundError):
+            ours.hotswap(model, elsewhere)

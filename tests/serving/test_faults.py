@@ -259,13 +259,18 @@ def handled(*numbers: int) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_handlers_of_all_signals_wait_for_a_switch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def switched_to_x() -> tuple[Small, shira.ResidentAdapters]:
     model = Small()
     bank = shira.ResidentAdapters(model)
     bank.add("x", OLD)
     bank.add("kept", KEPT)
     bank.switch("x")
+    return model, bank
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_handlers_of_all_signals_wait_for_a_switch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bank = switched_to_x()
     real = arena.scatter_switch_batched
 
     def interrupted(*arguments: Any) -> None:
@@ -284,11 +289,7 @@ def test_handlers_of_all_signals_wait_for_a_switch(number: int, monkeypatch: pyt
 
 
 def test_a_handler_may_switch_to_another_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Small()
-    bank = shira.ResidentAdapters(model)
-    bank.add("x", OLD)
-    bank.add("kept", KEPT)
-    bank.switch("x")
+    model, bank = switched_to_x()
     real = arena.scatter_switch_batched
 
     def interrupted(*arguments: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from models import mlp
+from models import mlp, tiny_llama
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,21 +39,6 @@ def assert_state(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def tiny_llama(tied: bool = True) -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def train(model: nn.Module, handle: shira.Handle, steps: int = 4, optimizer: type = torch.optim.AdamW) -> None:

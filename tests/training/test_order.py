@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import mlp
+from models import mlp, tiny_llama
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -17,20 +17,6 @@ import shira
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def llama(tied: bool = True) -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def attach(model: nn.Module, targets: str | list[str] = "all-linear") -> shira.Handle:
@@ -68,7 +54,7 @@ PREPARED: dict[str, Callable[[nn.Module], object]] = {
 @pytest.mark.parametrize("prepare", PREPARED.values(), ids=PREPARED.keys())
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]], ids=["linear", "tied"])
 def test_before_and_after_are_equal(targets: str | list[str], prepare: Callable[[nn.Module], object]) -> None:
-    plain = llama()
+    plain = tiny_llama()
     before, after = copy.deepcopy(plain), copy.deepcopy(plain)
     torch.manual_seed(3)
     prepare(before)
@@ -156,7 +142,7 @@ REPLACED: dict[str, tuple[Callable[[nn.Module], object], list[str], str]] = {
 def test_what_is_replaced_after_attach_is_refused(
     replace: Callable[[nn.Module], object], targets: list[str], message: str
 ) -> None:
-    model = llama(tied=False)
+    model = tiny_llama(tied=False)
     handle = attach(model, targets)
     values = [value.detach().clone() for value in handle.parameters()]
     replace(model)
@@ -181,7 +167,7 @@ def test_a_weight_norm_after_attach_is_refused() -> None:
 
 
 def test_a_detach_after_a_replacement_changes_nothing() -> None:
-    model = llama(tied=False)
+    model = tiny_llama(tied=False)
     handle = attach(model, ["embed_tokens", "lm_head"])
     with torch.no_grad():
         for values in handle.parameters():

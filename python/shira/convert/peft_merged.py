@@ -116,7 +116,7 @@ def _checked_task(folder: Path, kind: str) -> str | None:
 
     if kind not in peft.PeftType.__members__:
         raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is none that PEFT {peft.__version__} has")
-    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"):
+    with _as_value_errors(f"{folder}: PEFT cannot load this adapter"), sealed():
         config = peft.PeftConfig.from_pretrained(folder)
     task: str | None = config.task_type
     return task

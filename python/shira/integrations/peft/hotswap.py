@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft.tuners.shira.layer import ShiraLayer
-from peft.utils import load_peft_weights
 
+from shira.convert.source import peft_config, peft_tensors
 from shira.files.errors import Argument, ArgumentError
 from shira.integrations.peft.loading import check_positions
 
@@ -28,12 +28,16 @@ def hotswap(model: Any, path: str | os.PathLike[str], adapter_name: str = "defau
 
     Raises:
         ArgumentError: the adapter is merged or is not SHiRA; or, with the layer's name, the file does not fit.
+        ValueError: the folder's files are damaged, or lie outside of it.
+        OSError: they are not there: nothing is looked up elsewhere, and nothing is unpickled.
     """
     if adapter_name not in model.peft_config or model.peft_config[adapter_name].peft_type != "SHIRA":
         raise ArgumentError(Argument("adapter_name"), f" must be that of a SHiRA adapter, got {adapter_name!r}")
-    if (kind := peft.PeftConfig.from_pretrained(str(path)).peft_type) != "SHIRA":
+    folder = Path(path)
+    if (kind := peft_config(folder)["peft_type"]) != "SHIRA":
         raise ArgumentError(Argument("path"), f": {path} must hold a SHiRA adapter, got {kind}")
-    tensors = load_peft_weights(str(path), device="cpu")
+    file = peft_tensors(folder)
+    tensors = {name: file[name] for name in file}
     planned: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, layer in model.named_modules():
         if not isinstance(layer, ShiraLayer) or adapter_name not in layer.shira_weight:
